@@ -1,0 +1,45 @@
+"""Deep equilibrium models: the fixed point of a layer, found by a root solver, differentiated implicitly.
+
+>>> import torch, equilibria as eq
+>>> x = torch.randn(4, 16)
+>>> z, stats = eq.fixed_point(lambda z, x: torch.tanh(0.5 * z + x), torch.zeros_like(x), x)
+"""
+
+from equilibria.adjoints import Implicit, Phantom, Unrolled
+from equilibria.fixed_point import fixed_point
+from equilibria.nn.deq import DEQ
+from equilibria.solution import (
+    EquilibriaError,
+    NonFiniteError,
+    RandomMapError,
+    Solution,
+    Stats,
+    Status,
+    UndeclaredTensorError,
+    UserError,
+)
+from equilibria.solvers import GMRES, Anderson, Broyden, Picard
+from equilibria.stopping import Stopping
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DEQ",
+    "GMRES",
+    "Anderson",
+    "Broyden",
+    "EquilibriaError",
+    "Implicit",
+    "NonFiniteError",
+    "Phantom",
+    "Picard",
+    "RandomMapError",
+    "Solution",
+    "Stats",
+    "Status",
+    "Stopping",
+    "UndeclaredTensorError",
+    "Unrolled",
+    "UserError",
+    "fixed_point",
+]

@@ -38,7 +38,8 @@ class Stats:
     status: Tensor
     """(B,) int8 values of `Status`."""
     trace: Tensor | None = None
-    """(1 + steps, B) residual at the start and after every step, with `Stopping(trace=True)`; a frozen sample repeats its last."""
+    """(1 + steps, B), with `Stopping(trace=True)`: residuals at the start and after every step. A frozen sample repeats
+    its last."""
 
     @property
     def converged(self) -> Tensor:

@@ -1,0 +1,8 @@
+"""Ways to differentiate a fixed point, one file each."""
+
+from equilibria.adjoints.adjoint import Adjoint, Forward, Function
+from equilibria.adjoints.implicit import Implicit
+from equilibria.adjoints.phantom import Phantom
+from equilibria.adjoints.unrolled import Unrolled
+
+__all__ = ["Adjoint", "Forward", "Function", "Implicit", "Phantom", "Unrolled"]

@@ -1,0 +1,118 @@
+"""What an adjoint is: the part of a fixed point that decides how gradients are had."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from equilibria.iterate import BudgetedMap, Solved, iterate
+from equilibria.solution import NonFiniteError, Solution, Stats, Status
+from equilibria.solvers import GMRES, Solver
+from equilibria.stopping import Stopping
+
+
+class Function(Protocol):
+    """A pure function of tensors, z (B, D), *tensors -> (B, D)."""
+
+    @property
+    def dims(self) -> Sequence[int | None] | None:
+        """For each tensor the dimension that carries the batch, or None; None: not known, the batch must stay whole."""
+        ...
+
+    def __call__(self, z: Tensor, /, *tensors: Tensor) -> Tensor: ...
+
+
+class DeclaredFunction(Function, Protocol):
+    """A function given by a user, which may not be as pure as it should."""
+
+    def probe(self, z: Tensor, /, *tensors: Tensor, check_grad: bool) -> Tensor:
+        """The same value; raises where f is random or, with `check_grad`, uses tensors it does not declare."""
+        ...
+
+
+class Forward:
+    """Runs a solve, without caring for gradients, and remembers what it cost."""
+
+    def __init__(
+        self,
+        solver: Solver[Any],
+        stopping: Stopping,
+        *,
+        raise_nonfinite: bool,
+        affine: bool = False,
+        what: str = "solve",
+    ) -> None:
+        self.solver = solver
+        self.stopping = stopping
+        self.raise_nonfinite = raise_nonfinite
+        self.affine = affine
+        self.what = what
+        self.evaluations = 0
+
+    def probe(self, f: DeclaredFunction, z0: Tensor, args: Sequence[Tensor], *, check_grad: bool) -> Tensor:
+        """f(z0), with the checks that f is deterministic and declares what it uses; it counts as an evaluation."""
+        self.evaluations += 1
+        return f.probe(z0, *args, check_grad=check_grad)
+
+    def __call__(self, f: Function, z0: Tensor, fz0: Tensor, args: Sequence[Tensor]) -> Solved:
+        """Solve from z0, where f(z0) is known to be fz0."""
+        budgeted = BudgetedMap(f, args, self.stopping.max_evals, f.dims, known=fz0)
+        budgeted.evaluations = self.evaluations
+        solved = iterate(self.solver, budgeted, z0, self.stopping)
+        if isinstance(self.solver, GMRES) and not self.affine:
+            solved = self._confirm(budgeted, solved)
+        self.evaluations = budgeted.evaluations
+        return self.finite(solved)
+
+    def _confirm(self, f: BudgetedMap, solved: Solved) -> Solved:
+        """GMRES knows its residual by a recurrence that holds for affine maps; the residual reported is measured."""
+        fz = f(solved.z)
+        residual = self.stopping.norm(fz - solved.z)
+        scale = self.stopping.norm(fz)
+        good = residual <= self.stopping.tolerance(scale)
+        claimed = solved.status == Status.CONVERGED
+        # Rounding may leave a sample that converged on paper above the tolerance; an f that is not affine, far above.
+        if bool((claimed & ~good & (residual > 0.1 * scale)).any()):
+            raise ValueError(
+                "GMRES solves affine maps f(z) = A z + b alone, and this f is not affine: its residual is "
+                f"{residual.max():.2e} where the recurrence has {solved.residual.max():.2e}; use Anderson() or Broyden()"
+            )
+        status = torch.where(claimed & ~good, int(Status.EXHAUSTED), solved.status)
+        return solved._replace(residual=residual, relative=residual / scale, status=status)
+
+    def finite(self, solved: Solved) -> Solved:
+        """`solved`, or NonFiniteError if a sample has failed and failures are to be raised."""
+        failed = solved.status == Status.NONFINITE
+        if self.raise_nonfinite and bool(failed.any()):
+            samples = failed.nonzero().squeeze(1).tolist()
+            first = min(int(solved.steps[i]) for i in samples)
+            raise NonFiniteError(
+                f"the {self.what} became inf or NaN in {len(samples)} of {len(failed)} samples (first: sample "
+                f"{samples[0]}, from step {first}). If f or its input is finite at z0, the iteration diverges: use "
+                "Anderson() or Broyden(), damping below 1, or regularise f. fixed_point(..., raise_nonfinite=False) "
+                "returns the last finite iterate with Status.NONFINITE instead",
+                Solution(solved.z, stats_of(solved, self.evaluations)),
+            )
+        return solved
+
+
+def stats_of(solved: Solved, evaluations: int) -> Stats:
+    return Stats(
+        residual=solved.residual,
+        relative=solved.relative,
+        evaluations=evaluations,
+        steps=solved.steps,
+        status=solved.status,
+        trace=solved.trace if solved.trace.shape[0] else None,
+    )
+
+
+class Adjoint(Protocol):
+    """How a fixed point is differentiated."""
+
+    def solve(self, f: DeclaredFunction, z0: Tensor, args: tuple[Tensor, ...], forward: Forward) -> Solved:
+        """The fixed point, attached to autograd as this adjoint does it; `forward` runs the solve."""
+        ...

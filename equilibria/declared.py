@@ -1,0 +1,210 @@
+"""f as a pure function of explicit tensors: the flat state, the tensors in `args`, the parameters of a module.
+
+Everything a gradient can flow to becomes an input, so that the adjoints deal with functions of tensors and nothing else.
+What f uses without declaring it would lose its gradient; it is found here, and named.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from equilibria.solution import RandomMapError, UndeclaredTensorError
+from equilibria.structure import Layout
+
+
+class Declared:
+    """The map z, *tensors -> f(z, *args) on flat states (B, D), and the tensors it is to be called with."""
+
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        layout: Layout,
+        args: Sequence[Any],
+        batch_dims: Sequence[int | None] | None,
+    ) -> None:
+        if not callable(f):
+            raise TypeError(f"f is a {type(f).__name__}; give a function z, *args -> z or an nn.Module")
+        self.f = f
+        self.layout = layout
+        self.module = _module_of(f)
+        if self.module is not None:
+            _refuse_dropout(self.module)
+        leaves, self._spec = tree_flatten(tuple(args))
+        for leaf in leaves:
+            if isinstance(leaf, nn.Module):
+                raise TypeError(
+                    f"args hold the module {type(leaf).__name__}; pass tensors, or make f a module that owns it "
+                    "(then its parameters count as passed)"
+                )
+        self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # constants
+        self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self._owned = {} if self.module is None else dict(_named(self.module))
+        self.tensors: tuple[Tensor, ...] = (*(leaves[i] for i in self._places), *self._owned.values())
+        self.dims = None if batch_dims is None else self._dims_of(args, layout.batch, batch_dims)
+
+    def __call__(self, z: Tensor, *tensors: Tensor) -> Tensor:
+        """(B, D) -> (B, D)"""
+        leaves = list(self._leaves)
+        for place, tensor in zip(self._places, tensors, strict=False):
+            leaves[place] = tensor
+        args = tree_unflatten(leaves, self._spec)
+        state = self.layout.unpack(z)
+        owned = tensors[len(self._places) :]
+        if self.module is None or all(a is b for a, b in zip(owned, self._owned.values(), strict=True)):
+            output = self.f(state, *args)
+        else:
+            values = {f"owner.{name}": value for name, value in zip(self._owned, owned, strict=True)}
+            output = torch.func.functional_call(_Method(self.f, self.module), values, (state, *args))
+        return self.layout.pack_output(output, z.shape[0])
+
+    def probe(self, z: Tensor, *tensors: Tensor, check_grad: bool) -> Tensor:
+        """f(z0), looked at more closely than later evaluations: f must not draw random numbers and, with `check_grad`, not
+        use tensors that carry derivatives besides those declared. With these detached, its output would carry them too."""
+        random = _random_states(z.device)
+        if check_grad:
+            with torch.enable_grad():
+                output = self(z.detach(), *(tensor.detach() for tensor in tensors))
+        else:
+            output = self(z, *tensors)
+        if not all(map(torch.equal, random, _random_states(z.device))):
+            raise RandomMapError(
+                "f draws random numbers, so it changes at every evaluation and has no fixed point; draw them once before "
+                "the solve and pass them in args (for dropout: equilibria.nn.FrozenDropout, its mask drawn in prepare)"
+            )
+        if check_grad and (output.requires_grad or forward_ad.unpack_dual(output).tangent is not None):
+            names = ", ".join(_undeclared(self.f, output)) or "a tensor"
+            raise UndeclaredTensorError(
+                f"f uses {names}, which requires grad but is not passed: its gradient would be lost. Pass it in args, "
+                "f(z, *args), or make f the nn.Module that owns it; if no gradient is wanted, detach it or solve "
+                "under torch.no_grad()"
+            )
+        return output.detach() if check_grad else output
+
+    def _dims_of(self, args: Sequence[Any], batch: int, batch_dims: Sequence[int | None]) -> list[int | None]:
+        """The batch dimension of every tensor, from the one entry per arg that the user gives."""
+        if len(batch_dims) != len(args):
+            raise ValueError(
+                f"batch_dims has {len(batch_dims)} entries for {len(args)} args; give one per arg: the dimension that "
+                "carries the batch, or None"
+            )
+        dims: list[int | None] = []
+        for i, (arg, dim) in enumerate(zip(args, batch_dims, strict=True)):
+            for leaf in tree_flatten(arg)[0]:
+                if not isinstance(leaf, Tensor):
+                    continue
+                if dim is not None and (not -leaf.dim() <= dim < leaf.dim() or leaf.shape[dim] != batch):
+                    raise ValueError(
+                        f"batch_dims[{i}] = {dim}, but args[{i}] holds a tensor of shape {tuple(leaf.shape)}, which does "
+                        f"not carry the batch of {batch} there; use None for an arg without the batch"
+                    )
+                dims.append(dim)
+        return dims + [None] * len(self._owned)
+
+
+class _Method(nn.Module):
+    """Calls a bound method, or forward, of `owner` with other parameters in place."""
+
+    def __init__(self, f: Callable[..., Any], owner: nn.Module) -> None:
+        super().__init__()
+        self.owner = owner
+        self.method = None if f is owner else f.__func__  # type: ignore[attr-defined]
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.owner(*inputs) if self.method is None else self.method(self.owner, *inputs)
+
+
+def _module_of(f: Callable[..., Any]) -> nn.Module | None:
+    owner = f if isinstance(f, nn.Module) else getattr(f, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _refuse_dropout(module: nn.Module) -> None:
+    for name, child in module.named_modules():
+        if isinstance(child, nn.modules.dropout._DropoutNd) and child.training and child.p > 0:
+            raise RandomMapError(
+                f"f contains {type(child).__name__}(p={child.p}) at {name or 'its root'}, which draws a new mask at every "
+                "evaluation, so there is no fixed point; use equilibria.nn.FrozenDropout, whose mask is drawn once in "
+                "prepare and passed in args"
+            )
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _undeclared(f: Callable[..., Any], output: Tensor) -> Iterator[str]:
+    """Names of the tensors that gave `output` its graph, as far as they can be found where f can see them."""
+    leaves: dict[int, Tensor] = {}
+    nodes = set()
+    queue = [output.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is None or node in nodes:
+            continue
+        nodes.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            leaves[id(variable)] = variable
+        queue.extend(parent for parent, _ in node.next_functions)
+    named: set[str] = set()
+    for name, tensor in _visible(f):
+        leaf = leaves.pop(id(tensor), None)
+        if (leaf is not None or (tensor.grad_fn is not None and tensor.grad_fn in nodes)) and name not in named:
+            named.add(name)
+            yield f"`{name}` of shape {tuple(tensor.shape)}"
+    if not named:
+        for leaf in leaves.values():
+            yield f"a tensor of shape {tuple(leaf.shape)}"
+
+
+def _visible(f: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that f can reach without being passed them: closure, defaults, partial arguments, globals, attributes."""
+    while isinstance(f, functools.partial):
+        for i, value in enumerate((*f.args, *f.keywords.values())):
+            yield from _tensors_in(f"partial argument {i}", value)
+        f = f.func
+    function = getattr(f, "__func__", f)
+    code = getattr(function, "__code__", None)
+    if code is not None:
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            yield from _tensors_in(name, cell.cell_contents)
+        for value in function.__defaults__ or ():
+            yield from _tensors_in("default argument", value)
+        for name in code.co_names:
+            if name in function.__globals__:
+                yield from _tensors_in(name, function.__globals__[name])
+    owner = getattr(f, "__self__", f)
+    for name, value in vars(owner).items() if hasattr(owner, "__dict__") else ():
+        yield from _tensors_in(f"self.{name}", value)
+
+
+def _tensors_in(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, nn.Module):
+        for inner, tensor in _named(value):
+            yield f"{name}.{inner}", tensor
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _tensors_in(f"{name}[{i}]", item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors_in(f"{name}[{key!r}]", item)
+    elif hasattr(value, "__dict__") and not callable(value) and name == "self":
+        for inner, item in vars(value).items():
+            yield from _tensors_in(f"{name}.{inner}", item)

@@ -1,0 +1,96 @@
+"""The equilibrium layer: a block whose output is its own fixed point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equilibria.adjoints import Adjoint, Implicit
+from equilibria.fixed_point import fixed_point
+from equilibria.solution import Solution
+from equilibria.solvers import Anderson, Solver
+from equilibria.stopping import Stopping
+
+
+class DEQ(nn.Module):
+    """z* = block(z*, *args), with args = block.prepare(*inputs).
+
+    The block is an nn.Module with `forward(z, *args) -> z`. It may also define
+
+    - `prepare(*inputs) -> tuple of args`: what stays constant while z moves (injected inputs, projections, masks of
+      dropout, normalised weights), computed once per solve; gradients flow through it. Without it args are the inputs;
+    - `initial(*inputs) -> z0`; without it, zeros like the first input;
+    - `batch_dims`: one entry per arg, the dimension that carries the batch or None (see `fixed_point`).
+
+    `eval_stopping` replaces `stopping` in evaluation mode, if given. Solver, stopping and adjoint are plain attributes
+    and may be exchanged at any time.
+
+    >>> class Cell(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.inner, self.outer = nn.Linear(4, 4), nn.Linear(3, 4)
+    ...     def initial(self, x):
+    ...         return x.new_zeros(len(x), 4)
+    ...     def prepare(self, x):
+    ...         return (self.outer(x),)
+    ...     def forward(self, z, u):
+    ...         return torch.tanh(0.5 * self.inner(z) + u)
+    >>> z, stats = DEQ(Cell())(torch.randn(2, 3))
+    >>> z.shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        *,
+        solver: Solver[Any] | None = None,
+        stopping: Stopping | None = None,
+        adjoint: Adjoint | None = None,
+        eval_stopping: Stopping | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(block, nn.Module):
+            raise TypeError(f"DEQ needs an nn.Module, not a {type(block).__name__}; for a function use fixed_point")
+        self.block = block
+        self.solver = solver or Anderson()
+        self.stopping = stopping or Stopping()
+        self.adjoint = adjoint or Implicit()
+        self.eval_stopping = eval_stopping
+
+    def forward(self, *inputs: Any, z0: Any = None) -> Solution:
+        """The equilibrium for these inputs, searched from z0 if it is given (a warm start)."""
+        args = prepared(self.block, *inputs)
+        z0 = initial(self.block, *inputs) if z0 is None else z0
+        stopping = self.stopping if self.training or self.eval_stopping is None else self.eval_stopping
+        return fixed_point(
+            self.block, z0, *args, solver=self.solver, stopping=stopping, adjoint=self.adjoint,
+            batch_dims=getattr(self.block, "batch_dims", None),
+        )  # fmt: skip
+
+
+def prepared(block: nn.Module, *inputs: Any) -> tuple[Any, ...]:
+    """The args of a block: what its `prepare` makes of the inputs, or the inputs."""
+    prepare: Callable[..., tuple[Any, ...]] | None = getattr(block, "prepare", None)
+    if prepare is None:
+        return inputs
+    args = prepare(*inputs)
+    if not isinstance(args, tuple):
+        raise TypeError(
+            f"{type(block).__name__}.prepare returned a {type(args).__name__}; it must return the tuple of args "
+            "for forward(z, *args): a single one as (arg,)"
+        )
+    return args
+
+
+def initial(block: nn.Module, *inputs: Any) -> Any:
+    """Where the search starts: the block's `initial`, or zeros like the first input."""
+    make: Callable[..., Any] | None = getattr(block, "initial", None)
+    if make is not None:
+        return make(*inputs)
+    if not inputs or not isinstance(inputs[0], Tensor):
+        raise TypeError(f"{type(block).__name__} needs a method initial(*inputs) -> z0: its first input is no tensor")
+    return torch.zeros_like(inputs[0])

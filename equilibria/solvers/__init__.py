@@ -1,0 +1,9 @@
+"""Root solvers, one file per method."""
+
+from equilibria.solvers.anderson import Anderson
+from equilibria.solvers.broyden import Broyden
+from equilibria.solvers.gmres import GMRES
+from equilibria.solvers.picard import Picard
+from equilibria.solvers.solver import Map, Solver, State
+
+__all__ = ["GMRES", "Anderson", "Broyden", "Map", "Picard", "Solver", "State"]

@@ -1,0 +1,103 @@
+"""Nested states <-> one (B, D) tensor, once, at the boundary.
+
+Solvers see a state as one matrix: a row for each sample of the batch. Users may hold it as a tensor of any shape, or as a
+tuple, list, dict or named tuple of such tensors, each with the batch first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a state is laid out: its structure, the shape of each tensor behind the batch dimension, the batch of z0."""
+
+    spec: TreeSpec
+    shapes: tuple[torch.Size, ...]
+    paths: tuple[str, ...]
+    dtype: torch.dtype
+    batch: int
+
+    def pack(self, state: Any) -> Tensor:
+        """(B, D): the tensors of `state`, flattened and side by side."""
+        leaves = tree_flatten(state)[0]
+        flat = [leaf.reshape(leaf.shape[0], prod(shape)) for leaf, shape in zip(leaves, self.shapes, strict=True)]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
+
+    def unpack(self, flat: Tensor) -> Any:
+        """The inverse of `pack`: views into `flat` (B, D)."""
+        batch = flat.shape[0]
+        if len(self.shapes) == 1:
+            leaves = [flat.reshape(batch, *self.shapes[0])]
+        else:
+            parts = flat.split([prod(shape) for shape in self.shapes], dim=1)
+            leaves = [part.reshape(batch, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return tree_unflatten(leaves, self.spec)
+
+    def pack_output(self, output: Any, batch: int) -> Tensor:
+        """`pack` for what f returned, refused unless structure, shapes and dtype are those of the state."""
+        leaves, spec = tree_flatten(output)
+        if spec != self.spec:
+            raise ValueError(
+                f"f returned the structure {_describe(output)} for a state with the tensors "
+                f"{', '.join(self.paths) or 'z'}; return the structure of z0"
+            )
+        for leaf, shape, path in zip(leaves, self.shapes, self.paths, strict=True):
+            if not isinstance(leaf, Tensor):
+                raise TypeError(f"f returned a {type(leaf).__name__} for {path}; return a tensor")
+            if leaf.shape != (batch, *shape):
+                raise ValueError(
+                    f"f returned shape {tuple(leaf.shape)} for {path} of shape {(batch, *shape)}; "
+                    "f must map a state to a state of the same shape"
+                )
+            if leaf.dtype != self.dtype:
+                raise ValueError(
+                    f"f returned {leaf.dtype} for {path} of {self.dtype}; cast inside f, or give z0 in {leaf.dtype}"
+                )
+        return self.pack(output)
+
+
+def layout_of(z0: Any) -> Layout:
+    """The layout of an initial state; raises where z0 cannot be a state."""
+    pairs, spec = tree_flatten_with_path(z0)
+    if not pairs:
+        raise ValueError("z0 holds no tensor; give a tensor with the batch first, or a structure of such tensors")
+    paths = tuple(f"z{keystr(path)}" for path, _ in pairs)
+    leaves = [leaf for _, leaf in pairs]
+    for leaf, path in zip(leaves, paths, strict=True):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"z0 holds a {type(leaf).__name__} at {path}; a state is made of tensors alone")
+        if not leaf.dtype.is_floating_point:
+            raise TypeError(f"{path} is {leaf.dtype}; a state must be of a real floating-point dtype: z0.float()")
+        if leaf.dim() == 0:
+            raise ValueError(f"{path} has no dimension; the batch comes first: z0.unsqueeze(0)")
+        if leaf.numel() == 0:
+            raise ValueError(f"{path} has shape {tuple(leaf.shape)}: nothing to solve; skip the call for an empty batch")
+    first = leaves[0]
+    for leaf, path in zip(leaves[1:], paths[1:], strict=True):
+        for what, here, there in (
+            ("batch size", leaf.shape[0], first.shape[0]),
+            ("dtype", leaf.dtype, first.dtype),
+            ("device", leaf.device, first.device),
+        ):
+            if here != there:
+                raise ValueError(f"{path} has {what} {here} and {paths[0]} has {there}; all tensors of z0 must agree")
+    return Layout(spec, tuple(leaf.shape[1:] for leaf in leaves), paths, first.dtype, first.shape[0])
+
+
+def _describe(tree: Any) -> str:
+    if isinstance(tree, Tensor):
+        return "tensor"
+    if isinstance(tree, dict):
+        return "{" + ", ".join(f"{k!r}: {_describe(v)}" for k, v in tree.items()) + "}"
+    if isinstance(tree, (tuple, list)):
+        inside = ", ".join(_describe(v) for v in tree)
+        return f"({inside})" if isinstance(tree, tuple) else f"[{inside}]"
+    return type(tree).__name__
