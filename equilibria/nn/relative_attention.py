@@ -1,0 +1,115 @@
+"""Attention with relative positions (Transformer-XL), without a copy for the relative shift.
+
+L queries look at K = M + L keys: M columns of memory, then the L positions themselves. Query i stands at column M + i,
+so the distance from query i to key j is M + i - j: 0 for itself, positive for what came before.
+
+Source: Dai et al., "Transformer-XL: Attentive Language Models beyond a Fixed-Length Context", 2019, section 3.3 and
+appendix B.
+
+    scores[i, j] = (q_i + b_w) . k_j + (q_i + b_r) . r[M + i - j]
+
+The second term is computed for all distances and then shifted row by row. With one distance more than needed, K..0,
+the shifted matrix is a view: a row of the product has K + 1 entries, so reading the flat product in rows of K, from
+entry L on, moves each row by one against the row before it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def sinusoidal_positions(distances: Tensor, width: int) -> Tensor:
+    """(N, width): [sin(t w), cos(t w)] of the distances t (N,), with frequencies w_i = 10000^(-2i / width).
+
+    Sines first, cosines after them, not interleaved. `width` must be even, otherwise ValueError.
+
+    >>> sinusoidal_positions(torch.arange(8.0), 16).shape
+    torch.Size([8, 16])
+    """
+    if width % 2:
+        raise ValueError(f"width is {width}; sinusoidal positions need an even width, half sines and half cosines")
+    exponents = torch.arange(0, width, 2, dtype=distances.dtype, device=distances.device) / width
+    angles = distances[:, None] * 10000.0**-exponents
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def relative_shift(product: Tensor) -> Tensor:
+    """(..., L, K + 1) with column c for distance K - c  ->  (..., L, K) with column j for distance K - L + i - j.
+
+    A view where the last two dimensions of `product` are contiguous. Entries with j > i + K - L (keys that come after
+    the query) hold numbers of other rows and must be masked.
+
+    >>> relative_shift(torch.arange(6.0).view(2, 3))  # L = 2, K = 2: row i starts at column L - i
+    tensor([[2., 3.],
+            [4., 5.]])
+    """
+    length, width = product.shape[-2:]
+    return product.flatten(-2)[..., length:].unflatten(-1, (length, width - 1))
+
+
+def relative_mask(length: int, memory: int, window: int | None = None, *, like: Tensor) -> Tensor | None:
+    """What to add to the (L, K + 1) product before `relative_shift`: 0 where query i sees key j, else -inf.
+
+    Query i sees 0 <= distance, and distance < window where a window is given. None if every query sees every key.
+
+    Args:
+        length: L, number of queries.
+        memory: M, number of keys before the first query.
+        window: how many positions a query sees, itself included; None for no limit. At least 1, otherwise ValueError.
+        like: gives dtype and device.
+
+    >>> relative_mask(2, 0, like=torch.zeros(1))  # the first row of the shifted matrix is columns 2.. : [0, -inf]
+    tensor([[0., 0., 0.],
+            [-inf, 0., 0.]])
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; a position must at least see itself: give 1 or more, or None")
+    if length == 1 and (window is None or memory < window):
+        return None
+    columns = length + memory
+    queries = torch.arange(memory, columns, device=like.device)[:, None]
+    distance = queries - torch.arange(columns, device=like.device)  # (L, K)
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    shifted = torch.zeros(length, columns, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
+    # The shift drops the first L entries and reads on from there; undo it by putting L entries in front.
+    return torch.cat((shifted.new_zeros(length), shifted.flatten())).view(length, columns + 1)
+
+
+def relative_attention(
+    content_query: Tensor, position_query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, mask: Tensor | None
+) -> Tensor:
+    """softmax(content_query . keys + shift(position_query . positions) + mask) . values
+
+    The heads come first, so that a product over positions, which all samples share, is one matrix product per head.
+    Plain matrix products and softmax: differentiable any number of times, in reverse and forward mode, and under vmap.
+
+    Args:
+        content_query: (H, B, L, e), (q + b_w) / sqrt(e); contiguous, to avoid a copy.
+        position_query: (H, B, L, e), (q + b_r) / sqrt(e); contiguous, to avoid a copy.
+        keys: (H, B, K, e), K >= L.
+        values: (H, B, K, e).
+        positions: (H, e, K + 1), projected positions of the distances K, K - 1, ..., 0.
+        mask: (L, K + 1) of `relative_mask`, or None.
+
+    Returns:
+        (H, B, L, e).
+
+    >>> q = torch.randn(2, 3, 4, 8)
+    >>> relative_attention(q, q, q, q, torch.randn(2, 8, 5), relative_mask(4, 0, like=q)).shape
+    torch.Size([2, 3, 4, 8])
+    """
+    heads, batch, length, _ = content_query.shape
+    columns = keys.shape[2]
+    queries = position_query.flatten(1, 2)  # (H, B L, e)
+    if mask is None:
+        product = torch.bmm(queries, positions)  # (H, B L, K + 1)
+    else:
+        # Added by the matrix product itself: a separate pass over the scores would cost as much as the softmax.
+        rows = mask.expand(batch, -1, -1).reshape(batch * length, columns + 1)
+        product = torch.baddbmm(rows.expand(heads, -1, -1), queries, positions)
+    shifted = relative_shift(product.reshape(heads * batch, length, columns + 1))  # (H B, L, K)
+    scores = torch.baddbmm(shifted, content_query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
+    return torch.bmm(scores.softmax(dim=-1), values.flatten(0, 1)).unflatten(0, (heads, batch))
