@@ -1,0 +1,1 @@
+"""The command line: `equilibria train`, `equilibria eval`, `equilibria generate`."""

@@ -1,0 +1,78 @@
+"""Reading a run folder back: its configuration, tokenizer and weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from equilibria.data import Corpus, Tokenizer, load_tokenizer
+from equilibria.models.deq_transformer import DEQTransformerLM
+from equilibria.recipes.build import build_corpus, build_model
+from equilibria.solution import UserError
+from equilibria.train.checkpoint import load_weights, settle_folder
+from equilibria.train.config import MethodName, RunConfig
+from equilibria.train.evaluate import Evaluation, evaluate
+from equilibria.train.run_folder import RunFolder, open_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRun:
+    """What one needs of a finished run."""
+
+    folder: RunFolder
+    config: RunConfig
+    tokenizer: Tokenizer
+
+    def model(self, *, method: MethodName | None = None, trace: bool = False) -> DEQTransformerLM:
+        """The model with its best weights, ready to evaluate; `method` and `trace` as in `build_model`."""
+        model = build_model(self.config, self.tokenizer.size, method=method, trace=trace)
+        settle_folder(self.folder.best)
+        load_weights(self.folder.best if self.folder.best.is_dir() else self.folder.checkpoint, model)
+        return model.to(device()).eval()
+
+    def corpus(self, data_dir: Path | None = None) -> Corpus:
+        """The corpus of the run, which must give the same tokens; `data_dir` says where it is now."""
+        data = self.config.data if data_dir is None else dataclasses.replace(self.config.data, data_dir=data_dir)
+        corpus = build_corpus(data)
+        with tempfile.TemporaryDirectory() as scratch:
+            corpus.tokenizer.save(Path(scratch))
+            for path in Path(scratch).iterdir():
+                stored = self.folder.tokenizer / path.name
+                if not stored.is_file() or stored.read_bytes() != path.read_bytes():
+                    where = "this Python" if data.data_dir is None else str(data.data_dir)
+                    raise UserError(
+                        f"the text of {data.corpus} in {where} gives another vocabulary than the one in "
+                        f"{self.folder.path}; use the text that the run was trained on"
+                    )
+        return corpus
+
+    def evaluate(self, corpus: Corpus, split: str) -> Evaluation:
+        """How well the best weights predict a split, by name, in float32."""
+        return evaluate(
+            self.model(),
+            getattr(corpus, split),
+            batch_size=self.config.eval_batch_size,
+            length=self.config.optim.length,
+            device=device(),
+        )
+
+
+def load_run(path: Path) -> LoadedRun:
+    """Open a run folder; a UserError says what is wrong with it."""
+    folder = open_run(path)
+    config = folder.load_config()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    return LoadedRun(folder=folder, config=config, tokenizer=load_tokenizer(folder.tokenizer))
+
+
+def device() -> torch.device:
+    """The device that Accelerate chooses."""
+    chosen = PartialState().device
+    assert chosen is not None
+    return chosen

@@ -1,0 +1,108 @@
+"""Entry of the command `equilibria`: picks the subcommand and turns errors into one line and an exit code.
+
+Nothing heavy is imported before it is needed, so that help comes at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+
+HELP = """\
+usage: equilibria COMMAND ...
+
+Deep equilibrium language models: a network that is one layer, solved for its fixed point.
+
+commands
+  train RECIPE       train a model; writes everything into a run folder
+  eval RUN           measure how well the model of a run predicts text
+  generate RUN       continue a text with the model of a run
+
+  equilibria train quickstart                            a few minutes on a laptop, no files needed
+  equilibria eval runs/quickstart
+  equilibria generate runs/quickstart --prompt "The "
+
+`equilibria COMMAND --help` explains a command, `equilibria train` lists the recipes.
+`equilibria --version` prints the version.
+"""
+
+COMMANDS = ("train", "eval", "generate")
+LM_PACKAGES = frozenset(
+    {"accelerate", "cattrs", "matplotlib", "numpy", "psutil", "safetensors", "tensorboard", "tokenizers", "tqdm", "tyro"}
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: that of the process) and return the exit code.
+
+    0: done, or stopped by ctrl-C after saving. 1: the numbers became infinite or NaN, or memory ran out. 2: something the
+    user gave cannot be used. 130: aborted. In every case but 0, one line on standard error says what to do.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(argv)
+    except KeyboardInterrupt:
+        return _fail("aborted", 130)
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in LM_PACKAGES:
+            raise
+        return _fail(f'the package {error.name} is missing; install it with: pip install "equilibria[lm]"', 2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(f"cannot use {error.filename}: {error.strerror}; check the path, its permissions and the disk", 2)
+    except Exception as error:
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    import torch
+
+    from equilibria.solution import NonFiniteError, UserError
+
+    if isinstance(error, UserError):
+        return _fail(str(error), 2)
+    if isinstance(error, NonFiniteError):
+        return _fail(str(error), 1)
+    if isinstance(error, torch.OutOfMemoryError):
+        return _fail("the GPU is out of memory; try a smaller --batch-size or --length", 1)
+    raise error
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    command, rest = argv[0], argv[1:]
+    if command in ("-V", "--version"):
+        from equilibria import __version__
+
+        print(f"equilibria {__version__}")
+        return 0
+    if command == "train":
+        from equilibria.cli.train import train_command
+
+        return train_command(rest)
+    if command == "eval":
+        from equilibria.cli.evaluate import eval_command
+
+        return eval_command(rest)
+    if command == "generate":
+        from equilibria.cli.generate import generate_command
+
+        return generate_command(rest)
+    close = difflib.get_close_matches(command, COMMANDS, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"choose {', '.join(COMMANDS)}"
+    return _fail(f"there is no command {command}; {hint} (see equilibria --help)", 2)
+
+
+def _fail(message: str, code: int) -> int:
+    """One line on standard error, whatever the message holds."""
+    sys.stdout.flush()
+    print(f"equilibria: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code

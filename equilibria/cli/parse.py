@@ -1,0 +1,55 @@
+"""Options of a command as a dataclass, with tyro; a wrong one becomes a UserError of one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Sequence
+from typing import TypeVar
+
+import tyro
+
+from equilibria.solution import UserError
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], argv: Sequence[str], *, command: str, description: str, default: T | None = None) -> T:
+    """An instance of the dataclass `kind`. Prints help and raises SystemExit(0) if that is what argv asks for.
+
+    Nested dataclasses are groups in the help; their names are no part of the options.
+    """
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            options = tyro.cli(
+                kind,
+                args=list(argv),
+                default=default,
+                prog=command,
+                description=description,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+            assert isinstance(options, kind)
+            return options
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+    raise UserError(_one_line(messages.getvalue(), command))
+
+
+def _one_line(box: str, command: str) -> str:
+    """The message in one of tyro's boxes, with the options it suggests and without the rest."""
+    lines = [line.strip("│").rstrip()[1:] for line in box.splitlines() if line.startswith("│")]  # keeps indentation
+    end = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
+    message, details = lines[:end], lines[end:]
+    if message and message[0].startswith("Missing from"):  # a list of options, each with its help below
+        names = [line.strip() for line in message[1:] if re.match(r" {4}\S", line)]
+        return f"missing: {', '.join(names)} (see {command} --help)"
+    text = " ".join(line.strip() for line in message).rstrip(".") or "the options cannot be used"
+    text = re.sub(r"^Error parsing [\w.]+: ", "", text)  # the name of a dataclass, which the user never sees
+    options = dict.fromkeys(match.group(1) for line in details if (match := re.match(r" {4}(--[\w-]+)", line)))
+    suggested = [option for option in options if option not in text]
+    hint = f"; did you mean {' or '.join(suggested[:3])}?" if suggested else ""
+    return f"{text}{hint} (see {command} --help)"

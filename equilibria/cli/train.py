@@ -1,0 +1,146 @@
+"""`equilibria train`: choose the run folder and configuration, train the model and its twin, and report."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from equilibria.cli.artefacts import finish
+from equilibria.cli.parse import parse
+from equilibria.data import Corpus
+from equilibria.recipes import RECIPES
+from equilibria.recipes.build import build_corpus, build_model
+from equilibria.solution import UserError
+from equilibria.train.config import FIXED_ON_RESUME, RunConfig, changed_fields
+from equilibria.train.interrupt import Interrupted, StopRequest
+from equilibria.train.loop import Trainer
+from equilibria.train.report import shown_path
+from equilibria.train.run_folder import RunFolder, create_run, newest_run, open_run
+from equilibria.train.solves import SolveMeter
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Options of `equilibria train RECIPE`."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    """What the recipe sets."""
+    run_dir: Path | None = None
+    """Folder of the run; None: runs/RECIPE, runs/RECIPE-2, ..."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Continue the run in --run-dir, or the newest of this recipe, with the configuration stored there."""
+
+
+def train_command(argv: Sequence[str]) -> int:
+    """Run `equilibria train`."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_recipes_help())
+        return 0
+    recipe, rest = argv[0], argv[1:]
+    if recipe not in RECIPES:
+        close = difflib.get_close_matches(recipe, RECIPES, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose {', '.join(RECIPES)}"
+        raise UserError(f"there is no recipe {recipe}; {hint} (see equilibria train)")
+    options = _parse(recipe, rest, RECIPES[recipe]())
+    folder = None
+    if options.resume:
+        folder, stored = _stored_run(recipe, options.run_dir)
+        options = _parse(recipe, rest, stored)
+        if changes := changed_fields(stored, options.config, FIXED_ON_RESUME):
+            raise UserError(
+                f"a resumed run cannot change {', '.join(changes)}: the checkpoint depends on it; "
+                "leave that option out, or leave --resume out to start a new run"
+            )
+    config = options.config
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    corpus = build_corpus(config.data)
+    if folder is None:
+        folder = create_run(recipe, options.run_dir)
+    with StopRequest() as stop:
+        try:
+            _train_all(config, corpus, folder, stop)
+        except Interrupted:
+            command = f"equilibria train {recipe} --resume --run-dir {shlex.quote(shown_path(folder.path))}"
+            print(f"stopped; everything is saved. Continue with: {command}", file=sys.stderr)
+    return 0
+
+
+def _train_all(config: RunConfig, corpus: Corpus, folder: RunFolder, stop: StopRequest) -> None:
+    print(
+        f"{config.recipe}: {corpus.train.tokens.numel():,} training tokens, vocabulary {corpus.tokenizer.size:,} "
+        f"-> {shown_path(folder.path)}",
+        file=sys.stderr,
+        flush=True,
+    )
+    trained = train_model(config, corpus, folder, stop, label="DEQ" if config.model.depth is None else "stack")
+    if config.wants_twin:
+        stop.check()
+        train_model(config.for_twin(), corpus, folder.twin, stop, label="twin", last_step=trained.state.step)
+    print(finish(config, corpus, folder, stop), flush=True)
+
+
+def train_model(
+    config: RunConfig,
+    corpus: Corpus,
+    folder: RunFolder,
+    stop: StopRequest,
+    *,
+    label: str,
+    last_step: int | None = None,
+) -> Trainer:
+    """Train one model in its folder, from the checkpoint there if there is one."""
+    torch.manual_seed(config.seed)
+    backward = SolveMeter()
+    model = build_model(config, corpus.tokenizer.size, on_backward=backward)
+    trainer = Trainer(model, corpus, config, folder, stop=stop, backward=backward, last_step=last_step, label=label)
+    folder.store_config(config)
+    folder.tokenizer.mkdir(exist_ok=True)
+    corpus.tokenizer.save(folder.tokenizer)
+    trainer.run()
+    return trainer
+
+
+def _parse(recipe: str, argv: Sequence[str], default: RunConfig) -> TrainOptions:
+    return parse(
+        TrainOptions,
+        argv,
+        command=f"equilibria train {recipe}",
+        description=_first_line(RECIPES[recipe].__doc__),
+        default=TrainOptions(config=default),
+    )
+
+
+def _stored_run(recipe: str, run_dir: Path | None) -> tuple[RunFolder, RunConfig]:
+    """The run to resume and its configuration."""
+    folder = newest_run(recipe) if run_dir is None else open_run(run_dir)
+    config = folder.load_config()
+    if config.recipe != recipe:
+        raise UserError(
+            f"{folder.path} is a run of {config.recipe}, not of {recipe}; "
+            f"use: equilibria train {config.recipe} --resume --run-dir {folder.path}"
+        )
+    return folder, config
+
+
+def _recipes_help() -> str:
+    recipes = "\n".join(f"  {name:<16}{_first_line(recipe.__doc__)}" for name, recipe in RECIPES.items())
+    return (
+        "usage: equilibria train RECIPE [options]\n\n"
+        "Train a model and its explicit twin, evaluate both, and write everything into a run folder.\n\n"
+        f"recipes\n{recipes}\n\n"
+        "`equilibria train RECIPE --help` lists every option with the value that the recipe gives it.\n"
+        "Ctrl-C stops cleanly; `equilibria train RECIPE --resume` continues."
+    )
+
+
+def _first_line(docstring: str | None) -> str:
+    return (docstring or "").strip().splitlines()[0]

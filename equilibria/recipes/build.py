@@ -1,0 +1,79 @@
+"""From the plain values of a configuration to the objects that they choose."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import assert_never
+
+from equilibria.adjoints import Adjoint, Implicit, Phantom, Unrolled
+from equilibria.data import Corpus, load_corpus
+from equilibria.models.deq_transformer import DEQTransformerLM, TransformerConfig
+from equilibria.solution import Stats, UserError
+from equilibria.solvers import GMRES, Anderson, Broyden, Picard, Solver
+from equilibria.stopping import Stopping
+from equilibria.train.config import DataConfig, MethodName, RunConfig, SolveConfig
+
+
+def build_corpus(config: DataConfig) -> Corpus:
+    """The text, read and cut into tokens."""
+    return load_corpus(config.corpus, config.data_dir, vocab_size=config.vocab_size)
+
+
+def build_solver(config: SolveConfig, method: MethodName | None = None) -> Solver:
+    """The solver of the forward pass; `method` asks for another one with the same settings."""
+    match method or config.method:
+        case "anderson":
+            return Anderson(history=config.history, damping=config.damping)
+        case "broyden":
+            return Broyden(history=config.history)
+        case "picard":
+            return Picard(damping=config.damping)
+        case name:
+            assert_never(name)
+
+
+def build_adjoint(config: SolveConfig, on_backward: Callable[[Stats], None] | None = None) -> Adjoint:
+    """How gradients pass the solve; `on_backward` is told of each backward solve, which only `implicit` has."""
+    match config.backward:
+        case "implicit":
+            stopping = Stopping(rtol=config.backward_rtol, max_evals=config.backward_max_evals)
+            return Implicit(solver=GMRES(), stopping=stopping, on_backward=on_backward)
+        case "phantom":
+            return Phantom(steps=config.phantom_steps)
+        case "unrolled":
+            return Unrolled()
+        case name:
+            assert_never(name)
+
+
+def eval_stopping(config: SolveConfig, *, trace: bool = False) -> Stopping:
+    """When a solve outside training is done."""
+    return Stopping(
+        rtol=config.rtol if config.eval_rtol is None else config.eval_rtol,
+        atol=config.atol,
+        max_evals=config.max_evals if config.eval_max_evals is None else config.eval_max_evals,
+        trace=trace,
+    )
+
+
+def build_model(
+    config: RunConfig,
+    vocab_size: int,
+    *,
+    on_backward: Callable[[Stats], None] | None = None,
+    method: MethodName | None = None,
+    trace: bool = False,
+) -> DEQTransformerLM:
+    """The language model with fresh weights. `method` and `trace` serve to look at the solves of evaluation."""
+    solver = config.solver
+    try:
+        return DEQTransformerLM(
+            TransformerConfig(vocab_size=vocab_size, **dataclasses.asdict(config.model)),
+            solver=build_solver(solver, method),
+            stopping=Stopping(rtol=solver.rtol, atol=solver.atol, max_evals=solver.max_evals),
+            adjoint=build_adjoint(solver, on_backward),
+            eval_stopping=eval_stopping(solver, trace=trace),
+        )
+    except ValueError as error:  # a shape that makes no model
+        raise UserError(f"the model cannot be built: {error}") from error

@@ -1,0 +1,50 @@
+"""DEQ-Transformer language models that a laptop can train."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from equilibria.train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, SampleConfig, SolveConfig
+
+
+def quickstart() -> RunConfig:
+    """A few minutes on two cores: byte pairs of the documentation that Python carries; no files needed."""
+    return RunConfig(
+        recipe="quickstart",
+        model=ModelConfig(d_model=96, n_head=4, d_inner=384, mem_len=64),
+        solver=SolveConfig(max_evals=12, eval_max_evals=20),
+        data=DataConfig(corpus="python-docs", vocab_size=1024),
+        optim=OptimConfig(lr=2e-3, steps=300, warmup_steps=30, batch_size=16, length=64, pretrain_steps=50),
+        eval_every=100,
+    )
+
+
+def text() -> RunConfig:
+    """Your own text: --data-dir names a folder with train.txt, valid.txt and test.txt."""
+    return dataclasses.replace(quickstart(), recipe="text", data=DataConfig(corpus="text"))
+
+
+def penn_treebank() -> RunConfig:
+    """Penn Treebank, word level: --data-dir names the folder with ptb.train.txt, ptb.valid.txt and ptb.test.txt."""
+    return RunConfig(
+        recipe="penn-treebank",
+        model=ModelConfig(d_model=128, n_head=4, d_inner=512, mem_len=64, dropout=0.1),
+        solver=SolveConfig(max_evals=12, eval_max_evals=20),
+        data=DataConfig(corpus="penn-treebank"),
+        optim=OptimConfig(lr=2e-3, steps=2000, warmup_steps=100, batch_size=16, length=64, pretrain_steps=300),
+        sample=SampleConfig(sample_tokens=80),
+        eval_every=250,
+    )
+
+
+def wikitext_2() -> RunConfig:
+    """WikiText-2, word level: --data-dir names the folder with wiki.{train,valid,test}.tokens."""
+    return RunConfig(
+        recipe="wikitext-2",
+        model=ModelConfig(d_model=128, n_head=4, d_inner=512, mem_len=64, dropout=0.1),
+        solver=SolveConfig(max_evals=12, eval_max_evals=20),
+        data=DataConfig(corpus="wikitext-2"),
+        optim=OptimConfig(lr=2e-3, steps=1500, warmup_steps=100, batch_size=16, length=64, pretrain_steps=200),
+        sample=SampleConfig(sample_tokens=80),
+        eval_every=250,
+    )

@@ -1,0 +1,1 @@
+"""Training of language models: configuration, loop, evaluation, checkpoints, run folders and reports."""

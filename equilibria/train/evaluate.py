@@ -1,0 +1,90 @@
+"""How well a model predicts a split, and what that costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from equilibria.data import OrderedBatches, Split
+from equilibria.train.solves import SolveMeter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Result of reading a split once from its beginning to its end."""
+
+    nll: float
+    """Negative log-likelihood, nats per token."""
+    perplexity: float
+    """exp(nll), per token."""
+    bits_per_byte: float
+    """nll of the whole split in bits, over the UTF-8 bytes of its text."""
+    tokens: int
+    """Tokens predicted."""
+    seconds: float
+    """Wall time."""
+    evaluations: float | None = None
+    """Evaluations of f per solve; None for an explicit stack."""
+    residual: float | None = None
+    """Mean relative residual ‖f(z) - z‖ / ‖f(z)‖ of the states returned."""
+    unconverged: float | None = None
+    """Share of sequences whose solve ended above the tolerance."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of the evaluation."""
+        return self.tokens / self.seconds
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    *,
+    batch_size: int,
+    length: int,
+    device: torch.device | str = "cpu",
+    depth: int | None = None,
+    on_segment: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Read a split in `batch_size` lanes of `length` tokens a segment, with the memory carried all the way.
+
+    The few tokens that do not fill the lanes, and each lane's first, are not predicted; bits per byte count them at
+    the mean of the others. `depth` evaluates the explicit stack of that many blocks. `on_segment` is called after
+    each segment and may raise to stop.
+    """
+    lanes = max(1, min(batch_size, (split.tokens.numel() - 1) // 2))
+    batches = OrderedBatches(split.tokens, lanes, length, device)
+    meter = SolveMeter()
+    total, count, memory = 0.0, 0, None
+    training = model.training
+    model.eval()
+    started = time.perf_counter()
+    try:
+        for index in range(len(batches)):
+            tokens, targets = batches[index]
+            output = model(tokens, targets, memory, depth=depth)
+            memory = output.memory
+            total += output.nll.sum().item()
+            count += targets.numel()
+            for stats in output.stats:
+                meter(stats)
+            on_segment()
+    finally:
+        model.train(training)
+    nll = total / count
+    means = meter.means()
+    return Evaluation(
+        nll=nll,
+        perplexity=math.exp(min(nll, 700.0)),  # an untrained or diverged model must not overflow
+        bits_per_byte=nll / math.log(2) * split.tokens.numel() / split.text_bytes,
+        tokens=count,
+        seconds=time.perf_counter() - started,
+        **(dataclasses.asdict(means) if means else {}),
+    )

@@ -1,0 +1,147 @@
+"""What a run achieved: the values of summary.json, and the one screen that shows them."""
+
+from __future__ import annotations
+
+import dataclasses
+import lzma
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from equilibria.train.config import RunConfig
+from equilibria.train.evaluate import Evaluation
+from equilibria.train.state import TrainState
+
+
+def xz_bits_per_byte(text: str) -> float:
+    """Size of the text under `xz -9`, in bits for each of its UTF-8 bytes. xz sees nothing but this text.
+
+    >>> xz_bits_per_byte("0123456789" * 1000) < 1
+    True
+    """
+    raw = text.encode()
+    return 8 * len(lzma.compress(raw, preset=9)) / len(raw)
+
+
+def describe_model(
+    parameters: int, depth: int | None, state: TrainState, rows: Sequence[Mapping[str, Any]], test: Evaluation
+) -> dict[str, Any]:
+    """What summary.json says of one model: its size, its training (means over the rows of metrics) and its test."""
+    return {
+        "depth": depth,
+        "parameters": parameters,
+        "steps": state.step,
+        "tokens": state.tokens,
+        "best_step": state.best_step,
+        "best_valid_loss": state.best_nll,
+        "train_seconds": round(state.train_seconds, 3),
+        "tokens_per_second": state.tokens / state.train_seconds if state.train_seconds else None,
+        "peak_memory_bytes": state.peak_memory,
+        "forward_evaluations": _mean(rows, "forward/evaluations"),
+        "backward_evaluations": _mean(rows, "backward/evaluations"),
+        "residual": _mean(rows, "forward/residual"),
+        "unconverged": _mean(rows, "forward/unconverged"),
+        "test": dataclasses.asdict(test),
+    }
+
+
+def render(summary: Mapping[str, Any], config: RunConfig) -> str:
+    """The final screen: the model beside its twin and xz, where everything is, and what to try next."""
+    model, twin = summary["model"], summary.get("twin")
+    name = "DEQ" if model["depth"] is None else f"stack of {model['depth']}"
+    heads = [name, *([f"twin, {twin['depth']} blocks"] if twin else []), "xz -9"]
+    columns = [_column(model), *([_column(twin)] if twin else []), {BITS: f"{summary['xz_bits_per_byte']:.3f}"}]
+    width = max(len(label) for label in ROWS) + 2
+    lines = [
+        f"{summary['recipe']}: {model['steps']:,} steps, {model['tokens']:,} tokens, {_time(summary['seconds'])} in all",
+        "",
+        " " * width + "".join(f"{head:>20}" for head in heads),
+    ]
+    for label in ROWS:
+        cells = [column.get(label, "") for column in columns]
+        if any(cells):
+            lines.append((f"{label:<{width}}" + "".join(f"{cell:>20}" for cell in cells)).rstrip())
+    lines += ["", f"saved in {summary['folder']}: plots, sample.txt, summary.json, metrics.jsonl, TensorBoard events", ""]
+    lines += ["what to try next", *(f"  {command:<58} {why}".rstrip() for command, why in _next(summary, config))]
+    return "\n".join(lines)
+
+
+BITS = "test bits per byte"
+ROWS = (
+    BITS,
+    "test perplexity per token",
+    "evaluations of f per solve, test",
+    "  in training, forward + backward",
+    "relative residual, test",
+    "  samples above the tolerance",
+    "parameters",
+    "training time",
+    "training tokens per second",
+    "peak memory of the process",
+)
+
+
+def _column(model: Mapping[str, Any]) -> dict[str, str]:
+    test = model["test"]
+    cells = {
+        BITS: f"{test['bits_per_byte']:.3f}",
+        "test perplexity per token": f"{test['perplexity']:,.2f}",
+        "parameters": f"{model['parameters']:,}",
+        "training time": _time(model["train_seconds"]),
+        "peak memory of the process": f"{model['peak_memory_bytes'] / 2**20:,.0f} MiB",
+    }
+    if model["tokens_per_second"]:
+        cells["training tokens per second"] = f"{model['tokens_per_second']:,.0f}"
+    if test["evaluations"] is None:
+        cells["evaluations of f per solve, test"] = f"{model['depth']}"
+        return cells
+    cells["evaluations of f per solve, test"] = f"{test['evaluations']:.1f}"
+    cells["relative residual, test"] = f"{test['residual']:.1e}"
+    cells["  samples above the tolerance"] = f"{100 * test['unconverged']:.0f} %"
+    if model["forward_evaluations"] is not None:
+        backward = model["backward_evaluations"]
+        both = f"{model['forward_evaluations']:.1f}" + (f" + {backward:.1f}" if backward is not None else "")
+        cells["  in training, forward + backward"] = both
+    return cells
+
+
+def _next(summary: Mapping[str, Any], config: RunConfig) -> list[tuple[str, str]]:
+    run, model = summary["folder"], summary["model"]
+    train = f"equilibria train {summary['recipe']} --resume --run-dir {run}"
+    advice = [
+        (f'equilibria generate {run} --prompt "The " --compare', "write text"),
+        (f"tensorboard --logdir {run}", "watch the curves"),
+    ]
+    if model["depth"] is None:
+        rtol = config.solver.rtol if config.solver.eval_rtol is None else config.solver.eval_rtol
+        advice.insert(1, (f"equilibria eval {run} --rtol {10 * rtol:g}", "fewer evaluations, at what loss?"))
+        if (model["unconverged"] or 0) > 0.5:
+            more = 2 * config.solver.max_evals
+            advice.append((f"equilibria train {summary['recipe']} --max-evals {more}", "most solves ran out of budget"))
+    if model["best_step"] == model["steps"]:
+        advice.append((f"{train} --steps {2 * model['steps']}", "it was still improving"))
+    else:
+        advice.append((f"equilibria train {summary['recipe']} --dropout 0.1", "it improved until step "
+                       f"{model['best_step']:,} only"))  # fmt: skip
+    return advice
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    values = [row[key] for row in rows if key in row]
+    return sum(values) / len(values) if values else None
+
+
+def _time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def shown_path(path: Path) -> str:
+    """A path as one would type it: relative if it is below the current folder."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

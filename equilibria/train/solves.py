@@ -1,0 +1,52 @@
+"""Running means over the statistics of many solves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from equilibria.solution import Stats
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveMeans:
+    """What a number of solves cost and achieved."""
+
+    evaluations: float
+    """Calls of f per solve."""
+    residual: float
+    """Mean over samples of ‖f(z) - z‖ / ‖f(z)‖ at the z returned."""
+    unconverged: float
+    """Share of samples that ended above the tolerance."""
+
+
+class SolveMeter:
+    """Collects the `Stats` of solves; call it with one, so that it serves as `Implicit(on_backward=meter)`."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.solves = 0
+        self.evaluations = 0
+        self.samples = 0
+        self._residual = 0.0
+        self._unconverged = 0
+
+    def __call__(self, stats: Stats) -> None:
+        """Add one solve of a batch."""
+        self.solves += 1
+        self.evaluations += stats.evaluations
+        self.samples += stats.relative.numel()
+        self._residual += float(stats.relative.sum())
+        self._unconverged += int((~stats.converged).sum())
+
+    def means(self) -> SolveMeans | None:
+        """Means over all solves since the last reset; None when there was none."""
+        if self.solves == 0:
+            return None
+        return SolveMeans(
+            evaluations=self.evaluations / self.solves,
+            residual=self._residual / self.samples,
+            unconverged=self._unconverged / self.samples,
+        )
