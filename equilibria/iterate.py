@@ -13,9 +13,6 @@ from equilibria.solution import Status
 from equilibria.solvers.solver import Solver, State
 from equilibria.stopping import Stopping
 
-RUNNING = -1
-"""Status of a sample that is still being solved; none has it when `iterate` returns."""
-
 
 class Solved(NamedTuple):
     """What `iterate` returns for a batch of B samples: tensors only, so that it can cross an autograd function."""
@@ -35,7 +32,7 @@ class Solved(NamedTuple):
 
 
 class BudgetedMap:
-    """z -> f(z, *args), counted; `rows` gives the map of some samples alone, where the caller allows it.
+    """z -> f(z, *args), counted; `rows` gives the map of some samples alone.
 
     batch_dims holds for each arg the dimension that carries the batch, or None; without it, the batch stays whole.
     `known` is f(z0), where it is known already: the first call returns it and is not counted.
@@ -72,13 +69,10 @@ class BudgetedMap:
     def remaining(self) -> int:
         return self.max_evals - self.evaluations
 
-    def rows(self, rows: Tensor) -> BudgetedMap | None:
-        """The map of these samples, or None where it is not known which args carry the batch."""
-        if self.batch_dims is None:
-            return None
-        args = [
-            arg if dim is None else arg.index_select(dim, rows) for arg, dim in zip(self.args, self.batch_dims, strict=True)
-        ]
+    def rows(self, rows: Tensor) -> BudgetedMap:
+        """The map of these samples alone; only where it is known which args carry the batch."""
+        dims = self.batch_dims or ()
+        args = [a if dim is None else a.index_select(dim, rows) for a, dim in zip(self.args, dims, strict=True)]
         smaller = BudgetedMap(self.f, args, self.max_evals, self.batch_dims)
         smaller.evaluations = self.evaluations
         smaller._parent = self
@@ -89,13 +83,14 @@ def iterate(solver: Solver[Any], f: BudgetedMap, z0: Tensor, stopping: Stopping)
     """Step until every sample has converged, failed or run out of budget.
 
     A sample is frozen when ‖f(z) - z‖ <= atol + rtol ‖f(z)‖: what is returned for it is that z, whatever its neighbours
-    need. Once no more than half of the samples are left, they are solved in a batch of their own, if `f.rows` can.
+    need. Once no more than half of the samples are left, they are solved in a batch of their own, if it is known which args
+    carry the batch.
     """
     state = solver.init(f, z0)
     record = _Record.start(state, stopping)
     trace = [record.residual]
     _run(solver, f, state, record, stopping, trace, 0)
-    status = torch.where(record.status == RUNNING, int(Status.EXHAUSTED), record.status)
+    status = torch.where(record.running, int(Status.EXHAUSTED), record.status)
     relative = torch.where(record.residual > 0, record.residual / record.scale, record.residual)
     rows = torch.stack(trace) if stopping.trace else record.residual.new_zeros(0, len(record.residual))
     return Solved(record.z, record.residual, relative, record.steps, status, rows)
@@ -110,36 +105,42 @@ class _Record:
     scale: Tensor
     steps: Tensor
     status: Tensor
+    running: Tensor
 
     @staticmethod
     def start(state: State, stopping: Stopping) -> _Record:
         residual, scale = _measure(state, stopping)
-        status = torch.full_like(residual, RUNNING, dtype=torch.int8)
-        record = _Record(state.z, residual, scale, torch.zeros_like(residual, dtype=torch.int64), status)
-        record._settle(record.running, residual, residual <= stopping.tolerance(scale))
+        steps = torch.zeros_like(residual, dtype=torch.int64)
+        running = torch.ones_like(residual, dtype=torch.bool)
+        record = _Record(state.z, residual, scale, steps, steps.to(torch.int8), running)
+        record._settle(residual, residual <= stopping.tolerance(scale))
         return record
-
-    @property
-    def running(self) -> Tensor:
-        return self.status == RUNNING
 
     def update(self, state: State, stopping: Stopping) -> Tensor:
         """Take in one step of every sample, except those that are frozen. Returns the residuals (B,) for the trace."""
-        running = self.running
         residual, scale = _measure(state, stopping)
         converged = residual <= stopping.tolerance(scale)
-        better = running & (converged | (residual < self.residual))
-        self.z = torch.where(better.unsqueeze(1), state.z, self.z)
-        self.residual = torch.where(better, residual, self.residual)
-        self.scale = torch.where(better, scale, self.scale)
-        self.steps = self.steps + running
-        self._settle(running, residual, converged)
-        return torch.where(running, residual, self.residual)
+        better = self.running & (converged | (residual < self.residual))
+        if _known(better.all()):  # the usual case moves no data
+            self.z, self.residual, self.scale = state.z, residual, scale
+        elif not _known(~better.any()):
+            self.z = torch.where(better.unsqueeze(1), state.z, self.z)
+            self.residual = torch.where(better, residual, self.residual)
+            self.scale = torch.where(better, scale, self.scale)
+        self.steps = self.steps + self.running
+        trace = torch.where(self.running, residual, self.residual) if stopping.trace else residual
+        self._settle(residual, converged)
+        return trace
 
-    def _settle(self, running: Tensor, residual: Tensor, converged: Tensor) -> None:
-        status = torch.where(converged, int(Status.CONVERGED), RUNNING)
-        status = torch.where(residual.isfinite(), status, int(Status.NONFINITE)).to(torch.int8)
-        self.status = torch.where(running, status, self.status)
+    def _settle(self, residual: Tensor, converged: Tensor) -> None:
+        """Freeze the running samples that converged or failed."""
+        finite = residual < float("inf")
+        settled = self.running & (converged | ~finite)
+        if _known(~settled.any()):
+            return
+        status = torch.where(finite, int(Status.CONVERGED), int(Status.NONFINITE)).to(torch.int8)
+        self.status = torch.where(settled, status, self.status)
+        self.running = self.running & ~settled
 
     def take(self, rows: Tensor) -> _Record:
         return _Record(*(value.index_select(0, rows) for value in vars(self).values()))
@@ -147,6 +148,11 @@ class _Record:
     def put(self, rows: Tensor, part: _Record) -> None:
         for name, value in vars(part).items():
             setattr(self, name, getattr(self, name).index_copy(0, rows, value))
+
+
+def _known(condition: Tensor) -> bool:
+    """Whether a condition is known to hold: a CPU answers faster than it moves data, an accelerator would have to wait."""
+    return condition.device.type == "cpu" and bool(condition)
 
 
 def _measure(state: State, stopping: Stopping) -> tuple[Tensor, Tensor]:
@@ -169,17 +175,13 @@ def _run(
             left = int(record.running.sum())
             if left == 0:
                 return
-            if 2 * left <= len(record.status):
+            if 2 * left <= len(record.status) and f.batch_dims is not None:
                 rows = record.running.nonzero().squeeze(1)
-                smaller = f.rows(rows)
-                if smaller is not None:
-                    part = record.take(rows)
-                    begin = len(trace)
-                    part_trace: list[Tensor] = []
-                    _run(solver, smaller, state.take(rows), part, stopping, part_trace, step)
-                    trace[begin:] = [record.residual.index_copy(0, rows, residual) for residual in part_trace]
-                    record.put(rows, part)
-                    return
+                part, part_trace = record.take(rows), []
+                _run(solver, f.rows(rows), state.take(rows), part, stopping, part_trace, step)
+                trace += [record.residual.index_copy(0, rows, residual) for residual in part_trace]
+                record.put(rows, part)
+                return
         state = solver.step(f, state)
         trace.append(record.update(state, stopping))
         step += 1

@@ -7,18 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from equilibria.solvers.solver import Map, State, check_count, difference, write
+from equilibria.solvers.solver import Map, State, check_count, combine, difference, dots, solve_scaled, store_difference
 from equilibria.stopping import l2
 
 
 @dataclass(frozen=True, kw_only=True)
 class BroydenState(State):
     s: Tensor
-    """(B, m, D) steps Δz, each scaled to norm 1; a ring buffer."""
+    """(B, m, D) steps Δz; a ring buffer."""
     df: Tensor
-    """(B, m, D) the change of f along each step, with the same scaling."""
+    """(B, m, D) the change of f along each step."""
     core: Tensor
-    """(B, m, m) the small system; the identity in slots not yet used."""
+    """(B, m, m) L + S Yᵀ"""
+    lengths: Tensor
+    """(B, m) ‖s‖₂, 0 for slots not in use."""
     age: int
     """Pairs stored so far."""
 
@@ -59,18 +61,16 @@ class Broyden:
         g = difference(fz, z0)
         batch, size = g.shape
         s = g.new_zeros(batch, self.history, size)
-        core = torch.eye(self.history, dtype=g.dtype, device=g.device).expand(batch, -1, -1).contiguous()
-        return BroydenState(z=z0, fz=fz, g=g, s=s, df=torch.zeros_like(s), core=core, age=0)
+        core = g.new_zeros(batch, self.history, self.history)
+        return BroydenState(z=z0, fz=fz, g=g, s=s, df=torch.zeros_like(s), core=core, lengths=core[:, 0], age=0)
 
     def step(self, f: Map, state: BroydenState) -> BroydenState:
         used = min(state.age, self.history)
         target = state.fz.to(state.g.dtype)
         if used:
-            rhs = torch.bmm(state.s[:, :used], state.g.unsqueeze(2))  # (B, used, 1)
-            gamma, info = torch.linalg.solve_ex(state.core[:, :used, :used], rhs)
-            sound = (info == 0) & gamma.isfinite().all(dim=(1, 2))
-            gamma = torch.where(sound[:, None, None], gamma, 0.0)
-            target = torch.baddbmm(target.unsqueeze(1), gamma.mT, state.df[:, :used], alpha=-1.0).squeeze(1)
+            rhs = dots(state.s[:, :used], state.g)
+            gamma = solve_scaled(state.core[:, :used, :used], rhs, state.lengths[:, :used])
+            target = combine(target, gamma, state.df[:, :used])
         z = target.to(state.z.dtype)
         fz = f(z)
         g = difference(fz, z)
@@ -102,19 +102,15 @@ class Broyden:
     def _remember(self, state: BroydenState, z: Tensor, fz: Tensor, g: Tensor) -> BroydenState:
         slot = state.age % self.history
         used = min(state.age + 1, self.history)
-        s = z.to(g.dtype) - state.z.to(g.dtype)
-        norm = l2(s.detach()).unsqueeze(1)  # the scale cancels in the step, so it needs no gradient
-        scale = torch.where(norm > 0, norm.reciprocal(), 0.0)
-        s = s * scale
-        df = (fz - state.fz).to(g.dtype) * scale
-        y = df - s
-        history_s = write(state.s, slot, s)
-        history_df = write(state.df, slot, df)
-        column = torch.bmm(history_s[:, :used], y.unsqueeze(2)).squeeze(2)  # s_j · y: no lower-triangle term for older j
-        row = torch.bmm(history_df[:, :used], s.unsqueeze(2)).squeeze(2)  # s · (y_j + s_j) for older j
-        diagonal = torch.where(norm > 0, column[:, slot : slot + 1], 1.0)
+        s = store_difference(state.s, slot, z, state.z)
+        df = store_difference(state.df, slot, fz, state.fz)
+        new = s[:, slot]
+        along = dots(s[:, :used], new)
+        row = dots(df[:, :used], new)  # s · (y_j + s_j) for older j
+        column = dots(s[:, :used], df[:, slot]) - along  # s_j · y: older j have no term of L here
         core = state.core.clone()
         core[:, slot, :used] = row
         core[:, :used, slot] = column
-        core[:, slot, slot : slot + 1] = diagonal
-        return BroydenState(z=z, fz=fz, g=g, s=history_s, df=history_df, core=core, age=state.age + 1)
+        lengths = state.lengths.clone()
+        lengths[:, slot] = along[:, slot].detach().sqrt()
+        return BroydenState(z=z, fz=fz, g=g, s=s, df=df, core=core, lengths=lengths, age=state.age + 1)

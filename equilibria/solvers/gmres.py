@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from equilibria.solvers.solver import Map, State, check_count, difference, write
+from equilibria.solvers.solver import Map, State, check_count, combine, difference, dots
 from equilibria.stopping import l2
 
 
@@ -58,7 +58,7 @@ class GMRES:
         batch, width = g.shape
         beta = l2(g).unsqueeze(1)
         basis = g.new_zeros(batch, self.restart + 1, width)
-        basis = write(basis, 0, g * torch.where(beta > 0, beta.reciprocal(), 0.0))
+        basis[:, 0] = g * torch.where(beta > 0, beta.reciprocal(), 0.0)
         hessenberg = g.new_zeros(batch, self.restart + 1, self.restart)
         return GMRESState(
             z=z, fz=fz, g=g, origin=z, f_origin=fz, beta=beta, basis=basis, hessenberg=hessenberg, size=0
@@ -75,8 +75,8 @@ class GMRES:
         w = v - (moved - state.f_origin).to(dtype) * inverse_beta  # (I - A) v
         column, w = _orthogonalise(state.basis[:, : k + 1], w)
         norm = l2(w).unsqueeze(1)
-        w = w * torch.where(norm > 0, norm.reciprocal(), 0.0)
-        basis = write(state.basis, k + 1, w)
+        basis = state.basis
+        basis[:, k + 1] = w * torch.where(norm > 0, norm.reciprocal(), 0.0)
         hessenberg = state.hessenberg.clone()
         hessenberg[:, : k + 1, k] = column
         hessenberg[:, k + 1, k : k + 1] = norm
@@ -98,11 +98,11 @@ def _orthogonalise(basis: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     ("twice is enough": Giraud, Langou, Rozloznik 2005).
     """
     before = l2(w)
-    column = torch.bmm(basis, w.unsqueeze(2)).squeeze(2)
-    w = w - torch.bmm(column.unsqueeze(1), basis).squeeze(1)
+    column = dots(basis, w)
+    w = combine(w, column, basis)
     if bool((l2(w) < 0.5 * before).any()):
-        again = torch.bmm(basis, w.unsqueeze(2)).squeeze(2)
-        w = w - torch.bmm(again.unsqueeze(1), basis).squeeze(1)
+        again = dots(basis, w)
+        w = combine(w, again, basis)
         column = column + again
     return column, w
 

@@ -63,13 +63,39 @@ def difference(fz: Tensor, z: Tensor) -> Tensor:
     return fz.to(dtype) - z.to(dtype)
 
 
-def write(buffer: Tensor, slot: int, value: Tensor) -> Tensor:
-    """buffer (B, m, D) with `value` (B, D) in one slot: in place, or as a copy where autograd records the solve."""
-    if torch.is_grad_enabled() and (buffer.requires_grad or value.requires_grad):
-        index = torch.tensor([slot], device=buffer.device)
-        return buffer.index_copy(1, index, value.unsqueeze(1))
-    buffer[:, slot] = value
-    return buffer
+def store_difference(history: Tensor, slot: int, new: Tensor, old: Tensor) -> Tensor:
+    """history (B, m, D) with new - old (B, D) in one slot: in place, or as a copy where autograd records the solve."""
+    new, old = new.to(history.dtype), old.to(history.dtype)
+    if torch.is_grad_enabled() and (history.requires_grad or new.requires_grad or old.requires_grad):
+        return history.index_copy(1, torch.tensor([slot], device=history.device), (new - old).unsqueeze(1))
+    torch.sub(new, old, out=history[:, slot])
+    return history
+
+
+def dots(history: Tensor, v: Tensor) -> Tensor:
+    """(B, m, D), (B, D) -> (B, m): v times every row. As v Hᵀ, which a CPU does ten times faster than H v."""
+    return torch.bmm(v.unsqueeze(1), history.mT).squeeze(1)
+
+
+def combine(base: Tensor, weights: Tensor, history: Tensor) -> Tensor:
+    """(B, D), (B, m), (B, m, D) -> (B, D): base - Σ weightsᵢ historyᵢ."""
+    return torch.baddbmm(base.unsqueeze(1), weights.unsqueeze(1), history, alpha=-1.0).squeeze(1)
+
+
+def solve_scaled(system: Tensor, rhs: Tensor, scale: Tensor, ridge: float = 0.0) -> Tensor:
+    """x (B, m) with system · x = rhs, solved as (D system D + ridge I) D⁻¹ x = D rhs, where D holds 1 / scale (B, m).
+
+    Pairs of very different length then count alike, and the ridge is relative. Pairs with scale 0 (of a sample at rest, or
+    slots not in use) are left out; samples whose system is singular get x = 0: they take a plain step.
+    """
+    used = scale > 0
+    d = torch.where(used, scale.reciprocal(), 0.0)
+    diagonal = torch.where(used, ridge, 1.0)
+    system = system * (d.unsqueeze(1) * d.unsqueeze(2)) + torch.diag_embed(diagonal)
+    solution, info = torch.linalg.solve_ex(system, (d * rhs).unsqueeze(2))
+    solution = d * solution.squeeze(2)
+    sound = (info == 0) & solution.isfinite().all(dim=1)
+    return torch.where(sound.unsqueeze(1), solution, 0.0)
 
 
 def check_damping(name: str, damping: float) -> None:
