@@ -1,0 +1,57 @@
+"""What every tokenizer can do, and reading back one that was saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from equilibria.data.byte_pair import BytePair
+from equilibria.data.vocabulary import Vocabulary
+from equilibria.solution import UserError
+
+
+class Tokenizer(Protocol):
+    """Maps text to ids in 0 .. size - 1 and back."""
+
+    kind: str
+    """'words' or 'byte-pair'."""
+
+    @property
+    def size(self) -> int:
+        """Number of tokens."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the tokens of `text`."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes `folder`/tokenizer.json."""
+        ...
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer whose `save(folder)` was called. Raises UserError if the folder holds none.
+
+    load_tokenizer(Path("runs/first/checkpoint")).encode("some text")
+    """
+    path = folder / "tokenizer.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); name a folder that a tokenizer was saved in") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; save the tokenizer again") from None
+    try:
+        document = json.loads(text)
+        if isinstance(document, dict) and document.get("kind") == Vocabulary.kind:
+            return Vocabulary.from_document(document)
+        return BytePair.from_json(text)
+    except ValueError as error:
+        raise UserError(f"{path} is not a saved tokenizer ({error}); save the tokenizer again") from None
