@@ -78,7 +78,7 @@ def load_corpus(name: str, data_dir: str | Path | None = None, *, vocab_size: in
     if name == "text":
         return text_folder(data_dir, VOCAB_SIZE if vocab_size is None else vocab_size)
     if vocab_size is not None:
-        raise UserError(f"{name} is word level, and its vocabulary is all its words; leave the vocabulary size out")
+        raise UserError(f"{name} is word level, and its vocabulary is all its words; leave the vocabulary size out (None)")
     return word_level[name](data_dir)
 
 
