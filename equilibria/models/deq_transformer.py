@@ -208,9 +208,7 @@ class DEQTransformerLM(nn.Module):
         if tokens.dim() != 2 or tokens.numel() == 0:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}; give (batch, length), neither of them 0")
         if targets.shape != tokens.shape:
-            raise ValueError(
-                f"targets have shape {tuple(targets.shape)}, tokens {tuple(tokens.shape)}; they must agree"
-            )
+            raise ValueError(f"targets have shape {tuple(targets.shape)}, tokens {tuple(tokens.shape)}; they must agree")
         if memory is None:
             return
         batch, d = tokens.shape[0], self.config.d_model

@@ -111,9 +111,7 @@ def stream(
     return tokens()
 
 
-def next_token_logits(
-    model: DEQTransformerLM, tokens: Tensor, *, cache: bool = False, window: int | None = None
-) -> Tensor:
+def next_token_logits(model: DEQTransformerLM, tokens: Tensor, *, cache: bool = False, window: int | None = None) -> Tensor:
     """(B, T, V): the logits of the token after each of tokens (B, T).
 
     Args:
@@ -208,9 +206,7 @@ def _append(past: KeysValues | None, new: KeysValues, window: int | None) -> Key
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     if not 0 <= temperature < float("inf"):
-        raise ValueError(
-            f"temperature is {temperature}; give 0 for the most probable token, or a finite number above 0"
-        )
+        raise ValueError(f"temperature is {temperature}; give 0 for the most probable token, or a finite number above 0")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; give 1 or more, or None to draw from all tokens")
     if top_p is not None and not 0 < top_p <= 1:

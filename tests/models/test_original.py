@@ -5,6 +5,7 @@ Those with a vocabulary in clusters or another embedding width are of models tha
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,8 +82,6 @@ def case(request, shared_golden) -> Case:
 
 
 def with_options(model: DEQTransformerLM, **options: int) -> DEQTransformerLM:
-    from dataclasses import replace
-
     model.config = replace(model.config, **options)
     return model
 
