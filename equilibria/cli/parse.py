@@ -40,16 +40,26 @@ def parse(kind: type[T], argv: Sequence[str], *, command: str, description: str,
 
 
 def _one_line(box: str, command: str) -> str:
-    """The message in one of tyro's boxes, with the options it suggests and without the rest."""
-    lines = [line.strip("│").rstrip()[1:] for line in box.splitlines() if line.startswith("│")]  # keeps indentation
-    end = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
+    """The message in one of tyro's boxes, with the options it suggests and without the rest.
+
+    A box is drawn in lines where the terminal knows them, and in blanks and hyphens where not. First comes the title;
+    the message, suggestions and a word on help follow, with rules between them.
+    """
+    title, *lines = [line.replace("│", " ").rstrip()[2:] for line in box.splitlines() if line.strip(" ╰─╯")] or [""]
+    if lines and _is_rule(lines[0]):
+        del lines[0]
+    end = next((i for i, line in enumerate(lines) if _is_rule(line)), len(lines))
     message, details = lines[:end], lines[end:]
     if message and message[0].startswith("Missing from"):  # a list of options, each with its help below
         names = [line.strip() for line in message[1:] if re.match(r" {4}\S", line)]
         return f"missing: {', '.join(names)} (see {command} --help)"
-    text = " ".join(line.strip() for line in message).rstrip(".") or "the options cannot be used"
+    text = " ".join(line.strip() for line in message).rstrip(".") or title.strip("─╮ ")
     text = re.sub(r"^Error parsing [\w.]+: ", "", text)  # the name of a dataclass, which the user never sees
     options = dict.fromkeys(match.group(1) for line in details if (match := re.match(r" {4}(--[\w-]+)", line)))
     suggested = [option for option in options if option not in text]
     hint = f"; did you mean {' or '.join(suggested[:3])}?" if suggested else ""
     return f"{text}{hint} (see {command} --help)"
+
+
+def _is_rule(line: str) -> bool:
+    return set(line.strip()) in ({"─"}, {"-"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import shlex
 import sys
@@ -59,7 +60,7 @@ def train_command(argv: Sequence[str]) -> int:
                 f"a resumed run cannot change {', '.join(changes)}: the checkpoint depends on it; "
                 "leave that option out, or leave --resume out to start a new run"
             )
-    config = options.config
+    config = _with_absolute_data_dir(options.config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     corpus = build_corpus(config.data)
@@ -117,6 +118,14 @@ def _parse(recipe: str, argv: Sequence[str], default: RunConfig) -> TrainOptions
         description=_first_line(RECIPES[recipe].__doc__),
         default=TrainOptions(config=default),
     )
+
+
+def _with_absolute_data_dir(config: RunConfig) -> RunConfig:
+    """The stored configuration must hold wherever the run is resumed from."""
+    if config.data.data_dir is None:
+        return config
+    data = dataclasses.replace(config.data, data_dir=config.data.data_dir.resolve())
+    return dataclasses.replace(config, data=data)
 
 
 def _stored_run(recipe: str, run_dir: Path | None) -> tuple[RunFolder, RunConfig]:

@@ -47,14 +47,19 @@ def build_adjoint(config: SolveConfig, on_backward: Callable[[Stats], None] | No
             assert_never(name)
 
 
-def eval_stopping(config: SolveConfig, *, trace: bool = False) -> Stopping:
+def eval_stopping(config: SolveConfig) -> Stopping:
     """When a solve outside training is done."""
     return Stopping(
         rtol=config.rtol if config.eval_rtol is None else config.eval_rtol,
         atol=config.atol,
         max_evals=config.max_evals if config.eval_max_evals is None else config.eval_max_evals,
-        trace=trace,
     )
+
+
+def trace_stopping(config: SolveConfig) -> Stopping:
+    """For a look at a whole solve: the residuals are recorded, far below the tolerance of evaluation."""
+    usual = eval_stopping(config)
+    return Stopping(rtol=usual.rtol / 100, atol=0.0, max_evals=max(30, usual.max_evals), trace=True)
 
 
 def build_model(
@@ -73,7 +78,7 @@ def build_model(
             solver=build_solver(solver, method),
             stopping=Stopping(rtol=solver.rtol, atol=solver.atol, max_evals=solver.max_evals),
             adjoint=build_adjoint(solver, on_backward),
-            eval_stopping=eval_stopping(solver, trace=trace),
+            eval_stopping=trace_stopping(solver) if trace else eval_stopping(solver),
         )
     except ValueError as error:  # a shape that makes no model
         raise UserError(f"the model cannot be built: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Any
@@ -34,3 +35,5 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        # Not print: its buffer may be in use by the very code that the signal interrupted.
+        os.write(2, b"\nstopping after this step; ctrl-C again aborts\n")

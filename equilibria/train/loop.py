@@ -8,7 +8,6 @@ import math
 import time
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -130,15 +129,11 @@ class Trainer:
             with self.accelerator.accumulate(self.model):
                 output = self.model(tokens, targets, self.memory, depth=depth)
                 loss = output.nll.mean()
+                value = _finite(loss, "the loss")
                 self.accelerator.backward(loss)
-                norm = torch.zeros(())
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise NonFiniteError("the loss became infinite or NaN")
-                if norm is not None and not torch.isfinite(torch.as_tensor(norm)):
-                    raise NonFiniteError("the gradient became infinite or NaN")
+                    _finite(norm, "the gradient")
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             self.memory = output.memory
@@ -181,8 +176,7 @@ class Trainer:
             "valid/residual": result.residual,
         }
         self._record(row)
-        if not math.isfinite(result.nll):
-            raise NonFiniteError("the validation loss became infinite or NaN")
+        _finite(result.nll, "the validation loss")
         warming_up = depth is not None  # a good stack need not be a good equilibrium
         if not warming_up and (state.best_nll is None or result.nll < state.best_nll):
             state.best_nll, state.best_step = result.nll, state.step
@@ -223,7 +217,7 @@ class Trainer:
             self.accelerator.log(row, step=self.state.step)
 
     def _explain(self, error: NonFiniteError) -> str:
-        reason = " ".join(str(error).split()).rstrip(".;")
+        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".;")  # the rest is for users of the library
         kept = (
             f"the last checkpoint is that of step {self.saved_step} in {self.folder.checkpoint}, resume with a smaller"
             if self.saved_step is not None
@@ -271,6 +265,14 @@ class Trainer:
 
     def _plain_model(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model)
+
+
+def _finite(value: Tensor | float | None, what: str) -> float:
+    """The value as a number; NonFiniteError if it is none."""
+    number = value.item() if isinstance(value, Tensor) else value or 0.0
+    if not math.isfinite(number):
+        raise NonFiniteError(f"{what} became infinite or NaN")
+    return number
 
 
 def _fingerprint(tokens: Tensor) -> str:

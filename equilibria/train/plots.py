@@ -54,11 +54,13 @@ def plot_evaluations(path: Path, rows: Rows, *, budget: int, twin_depth: int | N
 def plot_residual(path: Path, traces: Mapping[str, Tensor], *, chosen: str, rtol: float) -> None:
     """Residual against solver step on one batch, for each method: the median over samples, the range for `chosen`.
 
+    The line at `rtol` shows where a solve of evaluation ends.
+
     `traces` maps the name of a method to ‖f(z) - z‖ / ‖f(z*)‖ (steps, B), the first row at the start of the solve.
     """
     figure, axes = _figure("Residual of a solve on validation text", "solver step", "‖f(z) - z‖ / ‖f(z*)‖")
     axes.set_yscale("log")
-    for method, trace in traces.items():
+    for method, trace in sorted(traces.items(), key=lambda item: item[0] == chosen):  # the chosen one on top
         values = trace.detach().double().cpu().clamp_min(1e-12)  # (steps, B)
         steps = range(len(values))
         is_chosen = method == chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import lzma
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def render(summary: Mapping[str, Any], config: RunConfig) -> str:
     columns = [_column(model), *([_column(twin)] if twin else []), {BITS: f"{summary['xz_bits_per_byte']:.3f}"}]
     width = max(len(label) for label in ROWS) + 2
     lines = [
-        f"{summary['recipe']}: {model['steps']:,} steps, {model['tokens']:,} tokens, {_time(summary['seconds'])} in all",
+        f"{summary['recipe']}: {model['steps']:,} steps, {model['tokens']:,} tokens, "
+        f"{_time(summary['seconds'])} of training and validation",
         "",
         " " * width + "".join(f"{head:>20}" for head in heads),
     ]
@@ -62,7 +64,7 @@ def render(summary: Mapping[str, Any], config: RunConfig) -> str:
         if any(cells):
             lines.append((f"{label:<{width}}" + "".join(f"{cell:>20}" for cell in cells)).rstrip())
     lines += ["", f"saved in {summary['folder']}: plots, sample.txt, summary.json, metrics.jsonl, TensorBoard events", ""]
-    lines += ["what to try next", *(f"  {command:<58} {why}".rstrip() for command, why in _next(summary, config))]
+    lines += ["what to try next", *(f"  {why:<32}{command}" for command, why in _next(summary, config))]
     return "\n".join(lines)
 
 
@@ -106,23 +108,29 @@ def _column(model: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _next(summary: Mapping[str, Any], config: RunConfig) -> list[tuple[str, str]]:
-    run, model = summary["folder"], summary["model"]
-    train = f"equilibria train {summary['recipe']} --resume --run-dir {run}"
+    run, model = shlex.quote(summary["folder"]), summary["model"]
+    anew = f"equilibria train {summary['recipe']}"
+    if config.data.data_dir is not None:
+        anew += f" --data-dir {shlex.quote(shown_path(config.data.data_dir))}"
     advice = [
         (f'equilibria generate {run} --prompt "The " --compare', "write text"),
         (f"tensorboard --logdir {run}", "watch the curves"),
     ]
     if model["depth"] is None:
         rtol = config.solver.rtol if config.solver.eval_rtol is None else config.solver.eval_rtol
-        advice.insert(1, (f"equilibria eval {run} --rtol {10 * rtol:g}", "fewer evaluations, at what loss?"))
+        advice.insert(1, (f"equilibria eval {run} --rtol {10 * rtol:g}", "fewer evaluations"))
         if (model["unconverged"] or 0) > 0.5:
             more = 2 * config.solver.max_evals
-            advice.append((f"equilibria train {summary['recipe']} --max-evals {more}", "most solves ran out of budget"))
+            advice.append((f"{anew} --max-evals {more}", "most solves spent their budget"))
     if model["best_step"] == model["steps"]:
-        advice.append((f"{train} --steps {2 * model['steps']}", "it was still improving"))
+        advice.append(
+            (
+                f"equilibria train {summary['recipe']} --resume --run-dir {run} --steps {2 * model['steps']}",
+                "it was still improving",
+            )
+        )
     else:
-        advice.append((f"equilibria train {summary['recipe']} --dropout 0.1", "it improved until step "
-                       f"{model['best_step']:,} only"))  # fmt: skip
+        advice.append((f"{anew} --dropout 0.1", f"best at step {model['best_step']:,}"))
     return advice
 
 

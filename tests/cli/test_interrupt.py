@@ -1,0 +1,72 @@
+"""Ctrl-C, sent to a real process."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from equilibria.cli.main import main
+from equilibria.train.run_folder import read_metrics
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+
+
+def start(run: Path, text_dir: Path, small: list[str], *more: str) -> subprocess.Popen[str]:
+    argv = ["train", "text", "--data-dir", str(text_dir), "--run-dir", str(run), *small, "--steps", "100000"]
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "equilibria", *argv, "--eval-every", "50000", *more],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
+    for _ in range(1200):
+        if ready():
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    raise AssertionError("training did not begin within a minute")
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(text_dir: Path, small: list[str], tmp_path: Path):
+    run = tmp_path / "a run"
+    process = start(run, text_dir, small)
+    wait_for(process, lambda: len(read_metrics(run / "metrics.jsonl")) >= 3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    assert "stopping after this step" in err
+    assert err.splitlines()[-1] == (
+        f"stopped; everything is saved. Continue with: equilibria train text --resume --run-dir '{run}'"
+    )
+    assert out == ""
+    step = json.loads((run / "checkpoint" / "state.json").read_text())["step"]
+    assert step >= 3
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, step + 1))
+    assert main(["train", "text", "--resume", "--run-dir", str(run), "--steps", str(step + 1), "--no-twin"]) == 0
+    assert json.loads((run / "summary.json").read_text())["model"]["steps"] == step + 1
+
+
+def test_second_ctrl_c_aborts(text_dir: Path, small: list[str], tmp_path: Path):
+    run = tmp_path / "run"
+    process = start(run, text_dir, small, "--accumulate", "1000000")  # the first step has no end
+    wait_for(process, (run / "metrics.jsonl").is_file)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == "equilibria: aborted"

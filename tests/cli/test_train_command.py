@@ -1,0 +1,158 @@
+"""A whole run through the command line, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from equilibria.cli.evaluate import EvalOptions, evaluate_run
+from equilibria.cli.load import load_run
+from equilibria.cli.main import main
+from equilibria.data import load_tokenizer
+from equilibria.train.config import load_config
+from equilibria.train.run_folder import read_metrics
+
+
+def test_every_artefact_is_there_and_valid(trained: Path):
+    config = load_config(trained / "config.json")
+    assert (config.recipe, config.model.d_model, config.optim.steps) == ("text", 16, 6)
+    tokenizer = load_tokenizer(trained / "tokenizer")
+    assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
+    for folder in (trained, trained / "twin"):
+        for part in ("checkpoint", "best"):
+            assert all(tensor.isfinite().all() for tensor in load_file(folder / part / "model.safetensors").values())
+        assert json.loads((folder / "checkpoint" / "state.json").read_text())["step"] == 6
+    assert load_config(trained / "twin" / "config.json").model.depth == 2
+    assert not list(trained.rglob(".*")), "leftovers of atomic writes"
+    text = (trained / "sample.txt").read_text(encoding="utf-8")
+    assert "tokens 12, temperature 0.8" in text
+
+
+def test_plots_are_images_that_are_not_blank(trained: Path):
+    for name in ("loss", "residual", "evaluations"):
+        with Image.open(trained / "plots" / f"{name}.png") as image:
+            assert image.format == "PNG"
+            assert min(image.size) > 400
+            assert len(image.convert("RGB").getcolors(maxcolors=1 << 20) or []) > 50
+
+
+def test_metrics_tell_the_phases_apart(trained: Path):
+    rows = read_metrics(trained / "metrics.jsonl")
+    train = {row["step"]: row for row in rows if "train/loss" in row}
+    assert sorted(train) == [1, 2, 3, 4, 5, 6]
+    assert all("forward/evaluations" not in train[step] for step in (1, 2)), "the warm-up stack solves nothing"
+    for step in (3, 4, 5, 6):
+        assert 1 <= train[step]["forward/evaluations"] <= 6
+        assert 1 <= train[step]["backward/evaluations"] <= 4
+        assert train[step]["forward/residual"] > 0
+    assert [row["step"] for row in rows if "valid/loss" in row] == [3, 6]
+    twin = read_metrics(trained / "twin" / "metrics.jsonl")
+    assert all("forward/evaluations" not in row for row in twin)
+
+
+def test_twin_saw_the_same_tokens(trained: Path):
+    def state(folder: Path) -> dict:
+        return json.loads((folder / "checkpoint" / "state.json").read_text())
+
+    mine, twins = state(trained), state(trained / "twin")
+    assert [mine[key] for key in ("step", "tokens", "epoch", "segment")] == [
+        twins[key] for key in ("step", "tokens", "epoch", "segment")
+    ]
+
+
+def test_tensorboard_holds_the_metrics(trained: Path):
+    events = EventAccumulator(str(trained / "tensorboard"))
+    events.Reload()
+    logged = {event.step: event.value for event in events.Scalars("train/loss")}
+    for row in read_metrics(trained / "metrics.jsonl"):
+        if "train/loss" in row:
+            assert logged[row["step"]] == pytest.approx(row["train/loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("part", "folder"), [("model", "."), ("twin", "twin")])
+def test_summary_is_what_eval_finds(trained: Path, part: str, folder: str):
+    summary = json.loads((trained / "summary.json").read_text())
+    again = evaluate_run(EvalOptions(run=trained / folder))
+    for key in ("nll", "perplexity", "bits_per_byte", "tokens", "evaluations", "residual", "unconverged"):
+        assert summary[part]["test"][key] == getattr(again, key)
+    assert summary["model"]["parameters"] == summary["twin"]["parameters"]
+    assert summary["xz_bits_per_byte"] > 0
+
+
+def test_eval_prints_its_result_and_takes_a_tolerance(trained: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["eval", str(trained), "--split", "valid"]) == 0
+    assert "bits per byte" in capsys.readouterr().out
+    loose = evaluate_run(EvalOptions(run=trained, rtol=0.5))
+    tight = evaluate_run(EvalOptions(run=trained, rtol=1e-4, max_evals=40))
+    assert loose.evaluations is not None
+    assert tight.evaluations is not None
+    assert loose.evaluations < tight.evaluations
+
+
+def test_generate_continues_the_prompt(trained: Path, capsys: pytest.CaptureFixture[str]):
+    argv = ["generate", str(trained), "--prompt", "the cat", "--tokens", "8"]
+    assert main([*argv, "--compare"]) == 0
+    first = capsys.readouterr()
+    assert first.out.startswith("the cat")
+    assert first.err.count("tokens/s") == 2
+    assert main(argv) == 0
+    assert capsys.readouterr().out == first.out, "the same seed gives the same text"
+
+
+def test_greedy_generation_is_the_same_with_and_without_cache(trained: Path, capsys: pytest.CaptureFixture[str]):
+    argv = ["generate", str(trained / "twin"), "--prompt", "a dog", "--tokens", "6", "--temperature", "0"]
+    assert main(argv) == 0
+    cached = capsys.readouterr().out
+    assert main([*argv, "--no-cache"]) == 0
+    assert capsys.readouterr().out == cached
+
+
+def test_final_screen_names_what_counts(
+    trained: Path, text_dir: Path, small: list[str], capsys: pytest.CaptureFixture[str]
+):
+    capsys.readouterr()
+    assert main(["train", "text", "--resume", "--run-dir", str(trained)]) == 0  # finished: evaluates and reports again
+    screen = capsys.readouterr().out
+    for words in ("test bits per byte", "xz -9", "twin, 2 blocks", "evaluations of f per solve", "residual", "peak memory"):
+        assert words in screen
+    assert str(trained) in screen
+    assert "equilibria generate" in screen
+    assert len(screen.splitlines()) <= 24
+
+
+def test_new_runs_do_not_touch_old_ones(text_dir: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["train", "text", "--data-dir", str(text_dir), *small, "--steps", "1", "--no-twin"]
+    assert main(argv) == 0
+    before = (tmp_path / "runs/text/metrics.jsonl").read_bytes()
+    assert main([*argv, "--seed", "1"]) == 0
+    assert (tmp_path / "runs/text/metrics.jsonl").read_bytes() == before
+    assert main(["train", "text", "--resume", "--steps", "2"]) == 0  # the newest of this recipe
+    assert load_config(tmp_path / "runs/text-2/config.json").optim.steps == 2
+    assert load_config(tmp_path / "runs/text/config.json").optim.steps == 1
+    assert [row["step"] for row in read_metrics(tmp_path / "runs/text-2/metrics.jsonl") if "train/loss" in row] == [1, 2]
+    assert not (tmp_path / "runs/text/twin").exists()
+
+
+def test_explicit_model_can_be_trained_alone(text_dir: Path, small: list[str], tmp_path: Path):
+    run = tmp_path / "stack"
+    argv = ["train", "text", "--data-dir", str(text_dir), "--run-dir", str(run), *small, "--depth", "3", "--steps", "1"]
+    assert main(argv) == 0
+    assert not (run / "twin").exists()
+    assert not (run / "plots" / "residual.png").exists()
+    assert main(["eval", str(run)]) == 0
+
+
+def test_accumulated_steps_read_more_text(text_dir: Path, small: list[str], tmp_path: Path):
+    argv = ["train", "text", "--data-dir", str(text_dir), *small, "--no-twin", "--steps", "2", "--pretrain-steps", "0"]
+    assert main([*argv, "--run-dir", str(tmp_path / "two"), "--accumulate", "2"]) == 0
+    state = json.loads((tmp_path / "two" / "checkpoint" / "state.json").read_text())
+    assert (state["step"], state["segment"], state["tokens"]) == (2, 4, 2 * 2 * 4 * 8)
+    model = load_run(tmp_path / "two").model()
+    assert next(model.parameters()).dtype == torch.float32

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from equilibria.adjoints import Implicit, Phantom, Unrolled
+from equilibria.recipes import RECIPES
+from equilibria.recipes.build import (
+    build_adjoint,
+    build_corpus,
+    build_model,
+    build_solver,
+    eval_stopping,
+    trace_stopping,
+)
+from equilibria.solution import Stats, UserError
+from equilibria.solvers import Anderson, Broyden, Picard
+from equilibria.train.config import DataConfig, ModelConfig, RunConfig, SolveConfig
+
+TINY = RunConfig(recipe="text", model=ModelConfig(d_model=8, n_head=2, d_inner=8, mem_len=4))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_makes_a_model_and_its_twin_of_equal_size(name: str):
+    config = RECIPES[name]()
+    assert config.recipe == name
+    assert (RECIPES[name].__doc__ or "").strip()
+    sizes = {sum(p.numel() for p in build_model(each, 50).parameters()) for each in (config, config.for_twin())}
+    assert len(sizes) == 1
+
+
+def test_twin_begins_with_the_same_weights():
+    states = []
+    for config in (TINY, TINY.for_twin()):
+        torch.manual_seed(3)
+        states.append(build_model(config, 20).state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_strings_become_solvers():
+    config = SolveConfig(history=3, damping=0.5)
+    assert build_solver(config) == Anderson(history=3, damping=0.5)
+    assert build_solver(config, "broyden") == Broyden(history=3)
+    assert build_solver(config, "picard") == Picard(damping=0.5)
+
+
+def test_strings_become_adjoints():
+    def hear(stats: Stats) -> None: ...
+
+    adjoint = build_adjoint(SolveConfig(backward_rtol=0.1, backward_max_evals=7), hear)
+    assert isinstance(adjoint, Implicit)
+    assert (adjoint.stopping.rtol, adjoint.stopping.max_evals, adjoint.on_backward) == (0.1, 7, hear)
+    assert build_adjoint(SolveConfig(backward="phantom", phantom_steps=3)) == Phantom(steps=3)
+    assert build_adjoint(SolveConfig(backward="unrolled")) == Unrolled()
+
+
+def test_evaluation_has_its_own_budget_if_given():
+    plain = eval_stopping(SolveConfig(rtol=0.1, max_evals=9))
+    assert (plain.rtol, plain.max_evals) == (0.1, 9)
+    own = eval_stopping(SolveConfig(rtol=0.1, max_evals=9, eval_rtol=0.2, eval_max_evals=90))
+    assert (own.rtol, own.max_evals) == (0.2, 90)
+
+
+@pytest.mark.parametrize("backward", ["implicit", "phantom", "unrolled"])
+@pytest.mark.parametrize("method", ["anderson", "broyden", "picard"])
+def test_every_combination_trains(method: str, backward: str):
+    solver = dataclasses.replace(TINY.solver, method=method, backward=backward, max_evals=6)
+    backward_solves: list[Stats] = []
+    model = build_model(dataclasses.replace(TINY, solver=solver), 20, on_backward=backward_solves.append)
+    tokens = torch.arange(10).view(2, 5)
+    output = model(tokens, tokens + 1)
+    output.nll.mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert len(backward_solves) == (backward == "implicit")
+    assert output.stats[0].evaluations <= 6
+
+
+def test_traced_model_shows_its_solves():
+    assert trace_stopping(TINY.solver).rtol < eval_stopping(TINY.solver).rtol
+    model = build_model(TINY, 20, method="picard", trace=True).eval()
+    tokens = torch.arange(10).view(2, 5)
+    with torch.no_grad():
+        (stats,) = model(tokens, tokens + 1).stats
+    assert stats.trace is not None
+    assert stats.trace.shape[1] == 2
+    assert stats.trace[0].min() > stats.trace[-1].max()
+
+
+def test_corpus_comes_from_its_folder(tmp_path: Path):
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.txt").write_text("one two three " * 30)
+    corpus = build_corpus(DataConfig(corpus="text", data_dir=tmp_path, vocab_size=260))
+    assert corpus.tokenizer.size <= 260
+    assert corpus.test.text_bytes == 14 * 30
+    with pytest.raises(UserError, match="--data-dir"):
+        build_corpus(DataConfig(corpus="text"))
+    with pytest.raises(UserError, match="python-docs"):
+        build_corpus(DataConfig(corpus="python-docs", data_dir=tmp_path))

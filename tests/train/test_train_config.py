@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from equilibria.recipes import RECIPES
+from equilibria.solution import UserError
+from equilibria.train.config import (
+    FIXED_ON_RESUME,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SampleConfig,
+    SolveConfig,
+    changed_fields,
+    from_json,
+    load_config,
+    to_json,
+)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_json_gives_the_configuration_back(recipe: str):
+    config = RECIPES[recipe]()
+    assert config.recipe == recipe
+    assert from_json(json.loads(json.dumps(to_json(config))), "stored") == config
+
+
+def test_every_value_survives_json():
+    config = RunConfig(
+        recipe="text",
+        model=ModelConfig(dropout=0.25, pre_norm=True, local_size=7, depth=3),
+        solver=SolveConfig(method="broyden", rtol=1e-4, eval_rtol=1e-5, backward="phantom"),
+        data=DataConfig(corpus="text", data_dir=Path("some/where"), vocab_size=512),
+        optim=OptimConfig(betas=(0.8, 0.95), schedule="constant", minutes=1.5),
+        twin=False,
+    )
+    again = from_json(json.loads(json.dumps(to_json(config))), "stored")
+    assert again == config
+    assert isinstance(again.data.data_dir, Path)
+    assert isinstance(again.optim.betas, tuple)
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "value", "named"),
+    [
+        ("optim", "stepz", 3, "stepz"),
+        ("optim", "steps", "many", "steps"),
+        ("optim", "steps", 0, "--steps is 0"),
+        ("solver", "method", "newton", "newton"),
+        ("model", "d_model", None, "d_model"),
+    ],
+)
+def test_wrong_json_is_named(group: str, key: str, value: Any, named: str):
+    values = to_json(RECIPES["quickstart"]())
+    values[group][key] = value
+    with pytest.raises(UserError, match=named) as caught:
+        from_json(values, "config.json")
+    assert str(caught.value).startswith("config.json ")
+
+
+def test_unreadable_json_is_a_user_error(tmp_path: Path):
+    path = tmp_path / "config.json"
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_config(path)
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_config(path)
+    path.write_text("[]")
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (OptimConfig, {"steps": 0}),
+        (OptimConfig, {"lr": float("nan")}),
+        (OptimConfig, {"batch_size": -1}),
+        (OptimConfig, {"minutes": 0.0}),
+        (OptimConfig, {"betas": (0.9, 1.0)}),
+        (ModelConfig, {"d_model": 10, "n_head": 4}),
+        (ModelConfig, {"d_model": 3, "n_head": 3}),
+        (ModelConfig, {"dropout": 1.0}),
+        (ModelConfig, {"depth": 0}),
+        (SolveConfig, {"rtol": 0.0}),
+        (SolveConfig, {"damping": 0.0}),
+        (SolveConfig, {"max_evals": 0}),
+        (DataConfig, {"vocab_size": 255}),
+        (SampleConfig, {"sample_temperature": -0.1}),
+    ],
+)
+def test_values_out_of_range_name_the_option(kind: type, values: dict[str, Any]):
+    option = next(iter(values)).replace("_", "-")
+    with pytest.raises(UserError, match=f"^--{option} is .*; ") as caught:
+        kind(**values)
+    assert "\n" not in str(caught.value)
+
+
+def test_option_names_are_unique_across_groups():
+    groups = (RunConfig, ModelConfig, SolveConfig, DataConfig, OptimConfig, SampleConfig)
+    names = [item.name for group in groups for item in dataclasses.fields(group)]
+    assert len(names) == len(set(names))
+
+
+def test_changed_fields_of_a_resumed_run():
+    old = RECIPES["quickstart"]()
+    assert changed_fields(old, old, FIXED_ON_RESUME) == []
+    longer = dataclasses.replace(old, optim=dataclasses.replace(old.optim, steps=9999, lr=1.0))
+    assert changed_fields(old, longer, FIXED_ON_RESUME) == []
+    wider = dataclasses.replace(old, model=dataclasses.replace(old.model, d_model=2 * old.model.d_model))
+    assert changed_fields(old, wider, FIXED_ON_RESUME) == [f"d_model {old.model.d_model} -> {2 * old.model.d_model}"]
+
+
+def test_twin_is_the_same_run_with_a_stack():
+    config = dataclasses.replace(RECIPES["quickstart"](), twin_depth=5)
+    twin = config.for_twin()
+    assert config.wants_twin
+    assert not twin.wants_twin
+    assert twin.model == dataclasses.replace(config.model, depth=5)
+    assert twin.optim == dataclasses.replace(config.optim, pretrain_steps=0)
+    assert (twin.data, twin.seed) == (config.data, config.seed)
+    assert not dataclasses.replace(config, model=twin.model).wants_twin
