@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from equilibria.solution import RandomMapError, UndeclaredTensorError
 from equilibria.structure import Layout
@@ -33,6 +34,7 @@ class Declared:
             raise TypeError(f"f is a {type(f).__name__}; give a function z, *args -> z or an nn.Module")
         self.f = f
         self.layout = layout
+        self.autocast = _autocast(layout.device)
         self.module = _module_of(f)
         if self.module is not None:
             _refuse_dropout(self.module)
@@ -57,11 +59,14 @@ class Declared:
         args = tree_unflatten(leaves, self._spec)
         state = self.layout.unpack(z)
         owned = tensors[len(self._places) :]
-        if self.module is None or all(a is b for a, b in zip(owned, self._owned.values(), strict=True)):
-            output = self.f(state, *args)
-        else:
-            values = {f"owner.{name}": value for name, value in zip(self._owned, owned, strict=True)}
-            output = torch.func.functional_call(_Method(self.f, self.module), values, (state, *args))
+        with self.autocast or nullcontext():
+            if self.module is None or all(a is b for a, b in zip(owned, self._owned.values(), strict=True)):
+                output = self.f(state, *args)
+            else:
+                values = {f"owner.{name}": value for name, value in zip(self._owned, owned, strict=True)}
+                output = torch.func.functional_call(_Method(self.f, self.module), values, (state, *args))
+        if self.autocast is not None:
+            output = tree_map_only(Tensor, lambda leaf: leaf.to(self.layout.dtype), output)
         return self.layout.pack_output(output, z.shape[0])
 
     def probe(self, z: Tensor, *tensors: Tensor, check_grad: bool) -> Tensor:
@@ -118,6 +123,16 @@ class _Method(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         return self.owner(*inputs) if self.method is None else self.method(self.owner, *inputs)
+
+
+def _autocast(device: torch.device) -> torch.autocast | None:
+    """The autocast mode of the solve, entered anew at each evaluation: the backward pass evaluates f outside of it.
+
+    Without autocast's cache: a weight that was cast where no gradient is recorded would be reused where one is.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.autocast(device.type, dtype=torch.get_autocast_dtype(device.type), cache_enabled=False)
 
 
 def _module_of(f: Callable[..., Any]) -> nn.Module | None:

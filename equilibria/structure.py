@@ -17,12 +17,13 @@ from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_wit
 
 @dataclass(frozen=True)
 class Layout:
-    """How a state is laid out: its structure, the shape of each tensor behind the batch dimension, the batch of z0."""
+    """How a state is laid out: its structure, the shape of each tensor behind the batch dimension, and what z0 was."""
 
     spec: TreeSpec
     shapes: tuple[torch.Size, ...]
     paths: tuple[str, ...]
     dtype: torch.dtype
+    device: torch.device
     batch: int
 
     def pack(self, state: Any) -> Tensor:
@@ -89,7 +90,7 @@ def layout_of(z0: Any) -> Layout:
         ):
             if here != there:
                 raise ValueError(f"{path} has {what} {here} and {paths[0]} has {there}; all tensors of z0 must agree")
-    return Layout(spec, tuple(leaf.shape[1:] for leaf in leaves), paths, first.dtype, first.shape[0])
+    return Layout(spec, tuple(leaf.shape[1:] for leaf in leaves), paths, first.dtype, first.device, first.shape[0])
 
 
 def _describe(tree: Any) -> str:
