@@ -1,0 +1,111 @@
+"""The order of the house: who may import whom, what the core depends on, and that every example in it runs."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "equilibria"
+# A file imports from its own row and those above. The first part of a module's name behind `equilibria.` is its row.
+ROWS = [
+    "solution", "stopping", "structure", "declared", "kernels", "solvers", "iterate", "adjoints", "fixed_point",
+    "regularizers", "diagnostics", "nn", "models", "data", "train", "recipes", "interop", "cli", "__main__",
+]  # fmt: skip
+CORE = [
+    "solution",
+    "stopping",
+    "structure",
+    "declared",
+    "kernels",
+    "solvers",
+    "iterate",
+    "adjoints",
+    "fixed_point",
+    "nn",
+    "models",
+]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def row(module: str) -> str:
+    return module.split(".")[1]
+
+
+def imported(module: str, path: Path) -> Iterator[str]:
+    """The modules that a file imports, also inside functions; of the package's own, those that define the names."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                yield inner if inner in MODULES else base
+
+
+IMPORTS = {module: sorted(set(imported(module, path))) for module, path in MODULES.items()}
+FILES = [module for module in MODULES if module != "equilibria"]
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_go_one_way(module: str) -> None:
+    assert row(module) in ROWS, f"{module} has no row: give it one in the design and here"
+    for other in IMPORTS[module]:
+        if other == "equilibria":
+            # The root stands above models: it imports up to nn.
+            assert ROWS.index(row(module)) > ROWS.index("nn"), f"{module} imports the package root, which imports it"
+        elif other.startswith("equilibria."):
+            assert ROWS.index(row(other)) <= ROWS.index(row(module)), f"{module} imports {other}, which stands below it"
+            assert not (row(module) == "data" and row(other) == "models"), "data knows no model"
+
+
+def test_no_cycles() -> None:
+    graph = {module: [other for other in IMPORTS[module] if other in MODULES and other != "equilibria"] for module in FILES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+@pytest.mark.parametrize("module", ["equilibria", *(module for module in FILES if row(module) in CORE)])
+def test_core_depends_on_torch_alone(module: str) -> None:
+    outside = {name.split(".")[0] for name in IMPORTS[module]} - sys.stdlib_module_names
+    assert outside <= {"torch", "equilibria"}
+
+
+def test_the_reader_of_imports_sees_them() -> None:
+    """Guards the tests above against a reader that finds nothing."""
+    assert "equilibria.solvers.solver" in IMPORTS["equilibria.solvers.picard"]
+    assert "equilibria.fixed_point" in IMPORTS["equilibria"]
+    assert "torch" in IMPORTS["equilibria.stopping"]
+    assert len(FILES) > 20
+
+
+@pytest.mark.parametrize("module", ["equilibria", *(module for module in FILES if row(module) in CORE)])
+def test_examples_run(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(module), report=True)
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["fixed_point", "Stopping", "Picard", "Anderson", "Broyden", "GMRES", "Implicit", "Phantom", "Unrolled", "DEQ"]
+)
+def test_public_things_show_an_example(name: str) -> None:
+    public = getattr(importlib.import_module("equilibria"), name)
+    assert doctest.DocTestParser().get_examples(public.__doc__ or ""), f"{name} has no runnable line in its docstring"
