@@ -9,15 +9,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from types import CellType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from equilibria.solution import RandomMapError, UndeclaredTensorError
 from equilibria.structure import Layout
+from equilibria.transforms import carries_derivatives, without_derivatives
 
 
 class Declared:
@@ -70,27 +71,30 @@ class Declared:
         return self.layout.pack_output(output, z.shape[0])
 
     def probe(self, z: Tensor, *tensors: Tensor, check_grad: bool) -> Tensor:
-        """f(z0), looked at more closely than later evaluations: f must not draw random numbers and, with `check_grad`, not
-        use tensors that carry derivatives besides those declared. With these detached, its output would carry them too."""
-        random = _random_states(z.device)
-        if check_grad:
-            with torch.enable_grad():
-                output = self(z.detach(), *(tensor.detach() for tensor in tensors))
-        else:
-            output = self(z, *tensors)
+        """f(z0), looked at more closely than later evaluations.
+
+        f must not draw random numbers, not write into z and, with `check_grad`, not use tensors that carry derivatives
+        besides those declared: with these detached, its output would carry them too.
+        """
+        random, version = _random_states(z.device), _version(z)
+        inputs = tuple(map(without_derivatives, (z, *tensors))) if check_grad else (z, *tensors)
+        output = self(*inputs)
+        if _version(z) != version:
+            raise ValueError("f writes into its argument z, which the solver still needs; use operations that return a new "
+                             "tensor: z * 0.5 instead of z.mul_(0.5)")  # fmt: skip
         if not all(map(torch.equal, random, _random_states(z.device))):
             raise RandomMapError(
                 "f draws random numbers, so it changes at every evaluation and has no fixed point; draw them once before "
                 "the solve and pass them in args (for dropout: equilibria.nn.FrozenDropout, its mask drawn in prepare)"
             )
-        if check_grad and (output.requires_grad or forward_ad.unpack_dual(output).tangent is not None):
+        if check_grad and carries_derivatives(output):
             names = ", ".join(_undeclared(self.f, output)) or "a tensor"
             raise UndeclaredTensorError(
                 f"f uses {names}, which requires grad but is not passed: its gradient would be lost. Pass it in args, "
                 "f(z, *args), or make f the nn.Module that owns it; if no gradient is wanted, detach it or solve "
                 "under torch.no_grad()"
             )
-        return output.detach() if check_grad else output
+        return output
 
     def _dims_of(self, args: Sequence[Any], batch: int, batch_dims: Sequence[int | None]) -> list[int | None]:
         """The batch dimension of every tensor, from the one entry per arg that the user gives."""
@@ -155,11 +159,20 @@ def _refuse_dropout(module: nn.Module) -> None:
             )
 
 
+def _version(z: Tensor) -> int:
+    """Changes when z is written to. Inference tensors have none."""
+    return 0 if z.is_inference() else z._version
+
+
 def _random_states(device: torch.device) -> list[Tensor]:
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return states
+
+
+_EMPTY = CellType()
+"""The cell of a name that is not bound yet."""
 
 
 def _undeclared(f: Callable[..., Any], output: Tensor) -> Iterator[str]:
@@ -197,7 +210,8 @@ def _visible(f: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
     code = getattr(function, "__code__", None)
     if code is not None:
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            yield from _tensors_in(name, cell.cell_contents)
+            if cell != _EMPTY:
+                yield from _tensors_in(name, cell.cell_contents)
         for value in function.__defaults__ or ():
             yield from _tensors_in("default argument", value)
         for name in code.co_names:

@@ -60,13 +60,26 @@ def fixed_point(
     True
     >>> z.sum().backward()
     """
+    solver, stopping, adjoint = solver or Anderson(), stopping or Stopping(), adjoint or Implicit()
+    check_choices(solver, stopping, adjoint)
     layout = layout_of(z0)
     declared = Declared(f, layout, args, batch_dims)
-    forward = Forward(solver or Anderson(), stopping or Stopping(), raise_nonfinite=raise_nonfinite)
+    forward = Forward(solver, stopping, raise_nonfinite=raise_nonfinite)
     try:
-        solved = (adjoint or Implicit()).solve(declared, layout.pack(z0), declared.tensors, forward)
+        solved = adjoint.solve(declared, layout.pack(z0), declared.tensors, forward)
     except NonFiniteError as error:
         if error.solution is not None:
             error.solution = error.solution._replace(z=layout.unpack(error.solution.z))
         raise
     return Solution(layout.unpack(solved.z), stats_of(solved, forward.evaluations))
+
+
+def check_choices(solver: Any, stopping: Any, adjoint: Any) -> None:
+    """Refuse what is no solver, stopping or adjoint, such as the name or the class of one."""
+    for name, value, methods, example in (
+        ("solver", solver, ("init", "step"), "Anderson()"),
+        ("stopping", stopping, ("tolerance",), "Stopping(rtol=1e-3)"),
+        ("adjoint", adjoint, ("solve",), "Implicit()"),
+    ):
+        if isinstance(value, type) or not all(hasattr(value, method) for method in methods):
+            raise TypeError(f"{name}={value!r} is not a {name}; give an object such as {example}")

@@ -91,7 +91,7 @@ def iterate(solver: Solver[Any], f: BudgetedMap, z0: Tensor, stopping: Stopping)
     trace = [record.residual]
     _run(solver, f, state, record, stopping, trace, 0)
     status = torch.where(record.running, int(Status.EXHAUSTED), record.status)
-    relative = torch.where(record.residual > 0, record.residual / record.scale, record.residual)
+    relative = ratio(record.residual, record.scale)
     rows = torch.stack(trace) if stopping.trace else record.residual.new_zeros(0, len(record.residual))
     return Solved(record.z, record.residual, relative, record.steps, status, rows)
 
@@ -113,13 +113,15 @@ class _Record:
         steps = torch.zeros_like(residual, dtype=torch.int64)
         running = torch.ones_like(residual, dtype=torch.bool)
         record = _Record(state.z, residual, scale, steps, steps.to(torch.int8), running)
-        record._settle(residual, residual <= stopping.tolerance(scale))
+        finite = residual < float("inf")
+        record._settle(finite, finite & (residual <= stopping.tolerance(scale)))
         return record
 
     def update(self, state: State, stopping: Stopping) -> Tensor:
         """Take in one step of every sample, except those that are frozen. Returns the residuals (B,) for the trace."""
         residual, scale = _measure(state, stopping)
-        converged = residual <= stopping.tolerance(scale)
+        finite = residual < float("inf")
+        converged = finite & (residual <= stopping.tolerance(scale))
         better = self.running & (converged | (residual < self.residual))
         if _known(better.all()):  # the usual case moves no data
             self.z, self.residual, self.scale = state.z, residual, scale
@@ -129,12 +131,11 @@ class _Record:
             self.scale = torch.where(better, scale, self.scale)
         self.steps = self.steps + self.running
         trace = torch.where(self.running, residual, self.residual) if stopping.trace else residual
-        self._settle(residual, converged)
+        self._settle(finite, converged)
         return trace
 
-    def _settle(self, residual: Tensor, converged: Tensor) -> None:
+    def _settle(self, finite: Tensor, converged: Tensor) -> None:
         """Freeze the running samples that converged or failed."""
-        finite = residual < float("inf")
         settled = self.running & (converged | ~finite)
         if _known(~settled.any()):
             return
@@ -153,6 +154,11 @@ class _Record:
 def _known(condition: Tensor) -> bool:
     """Whether a condition is known to hold: a CPU answers faster than it moves data, an accelerator would have to wait."""
     return condition.device.type == "cpu" and bool(condition)
+
+
+def ratio(residual: Tensor, scale: Tensor) -> Tensor:
+    """residual / scale, and 0 where the residual is 0."""
+    return torch.where(residual == 0, residual, residual / scale)
 
 
 def _measure(state: State, stopping: Stopping) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from equilibria.iterate import BudgetedMap, Solved, iterate
+from equilibria.iterate import BudgetedMap, Solved, iterate, ratio
 from equilibria.solution import NonFiniteError, Solution, Stats, Status
 from equilibria.solvers import GMRES, Solver
 from equilibria.stopping import Stopping
@@ -59,44 +59,51 @@ class Forward:
 
     def __call__(self, f: Function, z0: Tensor, fz0: Tensor, args: Sequence[Tensor]) -> Solved:
         """Solve from z0, where f(z0) is known to be fz0."""
-        budgeted = BudgetedMap(f, args, self.stopping.max_evals, f.dims, known=fz0)
+        confirm = isinstance(self.solver, GMRES) and not self.affine
+        budgeted = BudgetedMap(f, args, self.stopping.max_evals - confirm, f.dims, known=fz0)
         budgeted.evaluations = self.evaluations
         solved = iterate(self.solver, budgeted, z0, self.stopping)
-        if isinstance(self.solver, GMRES) and not self.affine:
-            solved = self._confirm(budgeted, solved)
         self.evaluations = budgeted.evaluations
-        return self.finite(solved)
-
-    def _confirm(self, f: BudgetedMap, solved: Solved) -> Solved:
-        """GMRES knows its residual by a recurrence that holds for affine maps; the residual reported is measured."""
-        fz = f(solved.z)
-        residual = self.stopping.norm(fz - solved.z)
-        scale = self.stopping.norm(fz)
-        good = residual <= self.stopping.tolerance(scale)
-        claimed = solved.status == Status.CONVERGED
-        # Rounding may leave a sample that converged on paper above the tolerance; an f that is not affine, far above.
-        if bool((claimed & ~good & (residual > 0.1 * scale)).any()):
-            raise ValueError(
-                "GMRES solves affine maps f(z) = A z + b alone, and this f is not affine: its residual is "
-                f"{residual.max():.2e} where the recurrence has {solved.residual.max():.2e}; use Anderson() or Broyden()"
-            )
-        status = torch.where(claimed & ~good, int(Status.EXHAUSTED), solved.status)
-        return solved._replace(residual=residual, relative=residual / scale, status=status)
-
-    def finite(self, solved: Solved) -> Solved:
-        """`solved`, or NonFiniteError if a sample has failed and failures are to be raised."""
-        failed = solved.status == Status.NONFINITE
-        if self.raise_nonfinite and bool(failed.any()):
-            samples = failed.nonzero().squeeze(1).tolist()
-            first = min(int(solved.steps[i]) for i in samples)
-            raise NonFiniteError(
-                f"the {self.what} became inf or NaN in {len(samples)} of {len(failed)} samples (first: sample "
-                f"{samples[0]}, from step {first}). If f or its input is finite at z0, the iteration diverges: use "
-                "Anderson() or Broyden(), damping below 1, or regularise f. fixed_point(..., raise_nonfinite=False) "
-                "returns the last finite iterate with Status.NONFINITE instead",
-                Solution(solved.z, stats_of(solved, self.evaluations)),
-            )
+        if confirm:
+            solved = self._confirm(f, args, fz0, solved)
+        if self.raise_nonfinite and bool((solved.status == Status.NONFINITE).any()):
+            raise self._nonfinite(solved)
         return solved
+
+    def _confirm(self, f: Function, args: Sequence[Tensor], fz0: Tensor, solved: Solved) -> Solved:
+        """GMRES knows its residual by a recurrence that holds for affine maps; the residual reported is measured."""
+        norm = self.stopping.norm
+        fz = f(solved.z, *args)
+        self.evaluations += 1
+        residual, scale = norm(fz - solved.z), norm(fz)
+        claimed = solved.status == Status.CONVERGED
+        missed = claimed & ~(residual <= self.stopping.tolerance(scale))
+        # Rounding may leave a sample that converged on paper above the tolerance; an f that is not affine, far above.
+        if bool((missed & (residual > 0.01 * (scale + norm(solved.z) + norm(fz0)))).any()):
+            raise ValueError(
+                "GMRES solves affine maps f(z) = A z + b alone, and this f is not affine: the residual is "
+                f"{residual.max():.2e} where an affine map would have {solved.residual.max():.2e}; use Anderson() or "
+                "Broyden()"
+            )
+        status = torch.where(missed, int(Status.EXHAUSTED), solved.status).to(torch.int8)
+        return solved._replace(residual=residual, relative=ratio(residual, scale), status=status)
+
+    def _nonfinite(self, solved: Solved) -> NonFiniteError:
+        failed = (solved.status == Status.NONFINITE).nonzero().squeeze(1).tolist()
+        first = min(int(solved.steps[i]) for i in failed)
+        remedy = (
+            "I - J may be singular at the fixed point, or f have no finite derivative there; Jacobian regularisation or "
+            "Phantom() avoids that solve"
+            if self.affine
+            else "if f is finite at z0, the iteration diverges: use Anderson() or Broyden(), damping below 1, or "
+            "regularise f; fixed_point(..., raise_nonfinite=False) returns the last finite iterate with "
+            "Status.NONFINITE instead"
+        )
+        return NonFiniteError(
+            f"the {self.what} became inf or NaN in {len(failed)} of {len(solved.status)} samples (first: sample "
+            f"{failed[0]}; earliest at step {first}): {remedy}",
+            Solution(solved.z, stats_of(solved, self.evaluations)),
+        )
 
 
 def stats_of(solved: Solved, evaluations: int) -> Stats:

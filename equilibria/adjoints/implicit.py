@@ -11,9 +11,10 @@ from torch import Tensor
 
 from equilibria.adjoints.adjoint import DeclaredFunction, Forward, Function, stats_of
 from equilibria.iterate import Solved
-from equilibria.solution import Stats
+from equilibria.solution import NonFiniteError, Stats
 from equilibria.solvers import GMRES, Solver
 from equilibria.stopping import Stopping
+from equilibria.transforms import forward_modes, transformed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,11 @@ class Implicit:
         """Runs the affine solves that derivatives need."""
         return Forward(self.solver, self.stopping, raise_nonfinite=True, affine=True, what="backward solve")
 
+    def report(self, solved: Solved, run: Forward) -> None:
+        """Pass on what a solve for derivatives cost."""
+        if self.on_backward is not None:
+            self.on_backward(stats_of(solved, run.evaluations))
+
 
 class _FixedPoint(torch.autograd.Function):
     """z0, f(z0), *args -> the fields of Solved; args, all that f declares, receive gradients."""
@@ -61,7 +67,8 @@ class _FixedPoint(torch.autograd.Function):
     @staticmethod
     def forward(adjoint: Implicit, f: Function, forward: Forward, z0: Tensor, fz0: Tensor, *args: Tensor) -> Any:
         solved = forward(f, z0, fz0, args)
-        return tuple(solved._replace(z=solved.z.clone()) if solved.z is z0 else solved)
+        # An autograd function must not return what it was given.
+        return tuple(solved._replace(z=solved.z.clone()) if solved.z is z0 or solved.z is fz0 else solved)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -79,12 +86,17 @@ class _FixedPoint(torch.autograd.Function):
         wanted = [needed and arg.is_floating_point() for needed, arg in zip(ctx.needs_input_grad[5:], args, strict=True)]
         if g is None or not any(wanted):
             return (None,) * (5 + len(args))
-        pull = _differentiable if torch.is_grad_enabled() or _transformed() else _once
+        pull = _differentiable if torch.is_grad_enabled() or transformed() else _once
         found = iter(pull(ctx.adjoint, ctx.f, z, args, wanted, g))
         return (None, None, None, None, None, *(next(found) if want else None for want in wanted))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
+        if forward_modes() > 1:
+            raise NotImplementedError(
+                "forward mode inside forward mode is not supported by Implicit(); nest a forward inside a reverse mode: "
+                "torch.func.hessian, or jacfwd(jacrev(f))"
+            )
         z, *args = ctx.saved_tensors
         moved = [(i, t) for i, t in enumerate(tangents[5:]) if t is not None]
         if not moved:
@@ -128,9 +140,14 @@ def _once(
         return [None] * sum(wanted)
 
     run = adjoint.linear()
-    solved = run(_Recorded(z, output, g), torch.zeros_like(g), g, ())  # at u = 0 the map gives g
-    if adjoint.on_backward is not None:
-        adjoint.on_backward(stats_of(solved, run.evaluations))
+    try:
+        solved = run(_Recorded(z, output, g), torch.zeros_like(g), g, ())  # at u = 0 the map gives g
+    except NonFiniteError as error:
+        if bool(g.isfinite().all()):
+            raise
+        message = "the gradient that reaches the fixed point is already inf or NaN: the fault lies in the loss or between"
+        raise NonFiniteError(message, error.solution) from None
+    adjoint.report(solved, run)
     inputs = [arg for arg, want in zip(args, wanted, strict=True) if want]
     return torch.autograd.grad(output, inputs, solved.z, allow_unused=True)
 
@@ -147,7 +164,11 @@ def _differentiable(
 
 def _solve(adjoint: Implicit, f: Function, offset: Tensor, *args: Tensor) -> Tensor:
     """u = A u + offset for an affine f, searched from u = 0, where f gives the offset."""
-    return _FixedPoint.apply(adjoint, f, adjoint.linear(), torch.zeros_like(offset), offset, offset, *args)[0]  # type: ignore[misc]
+    run = adjoint.linear()
+    solved = Solved(*_FixedPoint.apply(adjoint, f, run, torch.zeros_like(offset), offset, offset, *args))  # type: ignore[misc]
+    if not transformed():
+        adjoint.report(solved, run)
+    return solved.z
 
 
 class _Recorded:
@@ -213,8 +234,3 @@ def _with(args: Sequence[Tensor], places: Sequence[int], values: Sequence[Tensor
     for place, value in zip(places, values, strict=True):
         replaced[place] = value
     return replaced
-
-
-def _transformed() -> bool:
-    """Whether a torch.func transform is running: tensors may then hide a batch, and plain loops over them fail."""
-    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from equilibria.solvers.solver import Map, State, check_count, combine, difference, dots
+from equilibria.solvers.solver import Map, State, check_count, combine, difference, dots, recorded
 from equilibria.stopping import l2
 
 
@@ -75,7 +75,7 @@ class GMRES:
         w = v - (moved - state.f_origin).to(dtype) * inverse_beta  # (I - A) v
         column, w = _orthogonalise(state.basis[:, : k + 1], w)
         norm = l2(w).unsqueeze(1)
-        basis = state.basis
+        basis = state.basis.clone() if recorded(state.basis, w) else state.basis
         basis[:, k + 1] = w * torch.where(norm > 0, norm.reciprocal(), 0.0)
         hessenberg = state.hessenberg.clone()
         hessenberg[:, : k + 1, k] = column

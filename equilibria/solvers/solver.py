@@ -63,10 +63,15 @@ def difference(fz: Tensor, z: Tensor) -> Tensor:
     return fz.to(dtype) - z.to(dtype)
 
 
+def recorded(*tensors: Tensor) -> bool:
+    """Whether autograd records what is done with these tensors, so that nothing may be overwritten."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def store_difference(history: Tensor, slot: int, new: Tensor, old: Tensor) -> Tensor:
     """history (B, m, D) with new - old (B, D) in one slot: in place, or as a copy where autograd records the solve."""
     new, old = new.to(history.dtype), old.to(history.dtype)
-    if torch.is_grad_enabled() and (history.requires_grad or new.requires_grad or old.requires_grad):
+    if recorded(history, new, old):
         return history.index_copy(1, torch.tensor([slot], device=history.device), (new - old).unsqueeze(1))
     torch.sub(new, old, out=history[:, slot])
     return history
@@ -90,7 +95,7 @@ def solve_scaled(system: Tensor, rhs: Tensor, scale: Tensor, ridge: float = 0.0)
     """
     used = scale > 0
     d = torch.where(used, scale.reciprocal(), 0.0)
-    diagonal = torch.where(used, ridge, 1.0)
+    diagonal = torch.where(used, ridge, 1.0).to(system.dtype)
     system = system * (d.unsqueeze(1) * d.unsqueeze(2)) + torch.diag_embed(diagonal)
     solution, info = torch.linalg.solve_ex(system, (d * rhs).unsqueeze(2))
     solution = d * solution.squeeze(2)

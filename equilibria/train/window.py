@@ -44,7 +44,7 @@ class Window:
         parts = [f"loss {self._loss():.3f}"]
         forward, backward = self.forward.means(), self.backward.means()
         if forward:
-            both = f"f {forward.evaluations:.1f}" + (f"+{backward.evaluations:.1f}" if backward else "")
+            both = f"f evals {forward.evaluations:.1f}" + (f"+{backward.evaluations:.1f}" if backward else "")
             parts += [both, f"residual {forward.residual:.0e}"]
         parts.append(f"{self.tokens / self.seconds:,.0f} tokens/s")
         return "  ".join(parts)

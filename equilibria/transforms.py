@@ -1,0 +1,56 @@
+"""Which derivatives a tensor carries. The only file that looks inside torch.func, for which torch has no public way.
+
+Under torch.func a tensor is wrapped once for every transform it belongs to, and those that are running form a stack with
+the innermost on top. Below, "this level" is the top of that stack, or plain autograd where nothing is running.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack as one_level_down
+from torch.autograd import forward_ad
+
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform is running: tensors may then hide a batch, and plain loops over them fail."""
+    return _functorch.peek_interpreter_stack() is not None
+
+
+def forward_modes() -> int:
+    """How many forward-mode transforms are running, one inside the other."""
+    stack = _functorch.get_interpreter_stack() or []
+    return sum(interpreter.key() == _functorch.TransformType.Jvp for interpreter in stack)
+
+
+def without_derivatives(t: Tensor) -> Tensor:
+    """t, detached at every level; a batch hidden by vmap stays hidden."""
+    top = _functorch.peek_interpreter_stack()
+    if top is None:
+        return t.detach()
+    level = top.level()
+    here = _functorch.maybe_get_level(t) == level
+    dim = _functorch.maybe_get_bdim(t) if here and _functorch.is_batchedtensor(t) else None
+    with one_level_down():
+        inner = without_derivatives(_functorch.get_unwrapped(t) if here else t)
+    return inner if dim is None else _functorch._add_batch_dim(inner, dim, level)
+
+
+def carries_derivatives(t: Tensor) -> bool:
+    """Whether t is recorded by autograd or has a tangent, at any level."""
+    top = _functorch.peek_interpreter_stack()
+    here = top is None or _functorch.maybe_get_level(t) == top.level()
+    if here and not _functorch.is_batchedtensor(t):
+        if t.requires_grad:
+            return True
+        dual_level = forward_ad._current_level if top is None else 0
+        if dual_level >= 0 and forward_ad.unpack_dual(t, level=dual_level).tangent is not None:
+            return True
+    if top is None:
+        return False
+    with one_level_down():
+        return carries_derivatives(_functorch.get_unwrapped(t) if here else t)
