@@ -135,7 +135,9 @@ class DEQTransformerLM(nn.Module):
         self.output_bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.dropout = FrozenDropout(config.dropout, shared_dims=(1,))
         nn.init.normal_(self.embedding.weight, std=0.02)
-        nn.init.normal_(self.inject.weight, std=0.02)
+        # Ten times the rest: the injection is what holds the equilibrium in place. With 0.02 the first solves do not get
+        # below a relative residual of 1e-2 in 60 evaluations, with 0.2 they do in about 10, and training ends lower.
+        nn.init.normal_(self.inject.weight, std=0.2)
         nn.init.zeros_(self.inject.bias)
 
     @property
