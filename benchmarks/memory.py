@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 from itertools import accumulate
+from typing import Any
 
 import torch
 from harness import save
@@ -52,7 +53,8 @@ def step(solver: str, budget: int) -> float:
     profiler = record.profiler
     assert profiler is not None
     assert profiler.kineto_results is not None
-    changes = [event.nbytes() for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    events: list[Any] = profiler.kineto_results.events()
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
     return max(accumulate(changes)) / 2**20
 
 

@@ -1,0 +1,191 @@
+"""Write docs/results.md from benchmarks/results/*.json, so that no figure in it is typed by hand.
+
+python benchmarks/report.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import RESULTS
+
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def where(result: dict[str, Any]) -> str:
+    m = result["machine"]
+    return f"{m['processor']}, {m['threads']} threads, torch {m['torch']}, Python {m['python']}"
+
+
+def language_models() -> str:
+    result = load("language_models")
+    parts = []
+    for corpus, models in result["corpora"].items():
+        deq, twin = models["DEQ"], models["twin"]
+        columns = (deq, twin)
+        rows = [
+            ["parameters", *(f"{m['parameters']:,}" for m in columns)],
+            ["training tokens", *(f"{m['training_tokens']:,}" for m in columns)],
+            ["validation perplexity", *(f"{m['valid_perplexity']:.2f}" for m in columns)],
+            ["test perplexity", *(f"{m['test_perplexity']:.2f}" for m in columns)],
+            ["training time, one thread (min)", *(f"{m['minutes']:.1f}" for m in columns)],
+            ["peak memory of the process (MiB)", *(f"{m['peak_memory_mib']:,.0f}" for m in columns)],
+            [
+                "evaluations of f per solve, training, forward + backward",
+                f"{deq['forward_evaluations']:.1f} + {deq['backward_evaluations']:.1f}",
+                f"{result['twin_depth']} layers",
+            ],
+            ["evaluations of f per solve, test", f"{deq['test_evaluations']:.1f}", f"{result['twin_depth']} layers"],
+            ["relative residual, end of training", f"{deq['final_training_residual']:.1e}", "–"],
+            ["relative residual, test", f"{deq['test_residual']:.1e}", "–"],
+            ["samples above the tolerance, test", f"{100 * deq['test_unconverged']:.1f} %", "–"],
+        ]
+        head = [corpus, "DEQ-Transformer", f"explicit twin, {result['twin_depth']} layers"]
+        parts.append(table(head, rows))
+    return f"""## DEQ-Transformer and its explicit twin
+
+Word level, `<eos>` after each line, whole validation and test splits, memory carried over the whole split. The twin is the
+same block stacked, with the same parameters under the same names, the same recipe and the same training tokens. The two
+were trained side by side by `equilibria train CORPUS --no-twin --threads 1`, with `--depth {result["twin_depth"]}` for the
+twin, so their times compare to each other; they are not the times of an idle machine.
+
+```sh
+python benchmarks/language_models.py --data-dir DIR
+```
+
+{chr(10).join(part + chr(10) for part in parts)}
+Measured on {where(result)}.
+"""
+
+
+def memory() -> str:
+    result = load("memory")
+    budgets = list(next(iter(result["rows"].values()))["peak_mib"])
+    rows = [
+        [name, *(f"{row['peak_mib'][b]:.1f}" for b in budgets), f"{100 * row['spread']:.2f} %"]
+        for name, row in result["rows"].items()
+    ]
+    b = result["block"]
+    return f"""## Training memory is flat in the budget
+
+Peak MiB held by tensors in one training step (solve and backward pass) of the DEQ-Transformer block, batch {b["batch"]},
+length {b["length"]}, d_model {b["d_model"]}, every evaluation of the budget spent. The last row, unrolled, is for contrast.
+
+```sh
+python benchmarks/memory.py
+```
+
+{table(["evaluations of f", *budgets, "spread"], rows)}
+"""
+
+
+def overhead() -> str:
+    result = load("overhead")
+    rows = []
+    for row in result["rows"]:
+        solvers = row["solvers"]
+        size = f"d {row['d_model']}, length {row['length']}, memory {row['memory']}, batch {row['batch']}"
+        ms = min(s["ms_per_f"] for s in solvers.values())
+        rows.append([size, f"{ms:.1f}", *(f"{s['overhead']:.3f}" for s in solvers.values())])
+    names = list(result["rows"][0]["solvers"])
+    return f"""## Solver overhead
+
+Wall time of a solve over (evaluations x time of one f), language-model block, forward, medians of {result["rounds"]}
+interleaved rounds of {result["evaluations"]} evaluations. Target: at most 1.15.
+
+```sh
+python benchmarks/overhead.py
+```
+
+{table(["block", "one f (ms)", *names], rows)}
+
+Measured on {where(result)}.
+"""
+
+
+def gradients() -> str:
+    result = load("gradients")
+    return f"""## Gradients
+
+Float64, the DEQ-Transformer block, {result["tensors"]} tensors: implicit gradients against 400 recorded steps of Picard,
+worst relative difference **{result["against_unrolled"]:.1e}**; against central differences along random directions,
+relative to the norm of the gradient, **{result["against_differences"]:.1e}**. Target: 1e-6.
+
+```sh
+python benchmarks/gradients.py
+```
+"""
+
+
+def generation() -> str:
+    result = load("generation")
+    speed = result["tokens_per_second"]
+    return f"""## Generation at equilibrium
+
+A model of the `{result["recipe"]}` recipe, {result["prompt"]} tokens of prompt, {result["new_tokens"]} new ones:
+**{speed["cached"]:.1f} tokens/s** with the cache of solved positions, **{speed["full"]:.1f} tokens/s** when everything is
+solved again for each token ({speed["cached"] / speed["full"]:.1f} times). The logits of both ways differ by
+{result["logit_difference"]:.1e} in float64 at a tolerance of 1e-10; at the run's own tolerance
+{100 * result["greedy_agreement"]:.0f} % of greedy tokens agree.
+
+```sh
+python benchmarks/generation.py runs/{result["recipe"]}
+```
+
+Measured on {where(result)}.
+"""
+
+
+def quickstart() -> str:
+    result = load("quickstart")
+    model, twin = result["model"], result["twin"]
+    rows = [
+        [
+            "test bits per byte",
+            *(f"{m['test']['bits_per_byte']:.3f}" for m in (model, twin)),
+            f"{result['xz_bits_per_byte']:.3f}",
+        ],
+        ["parameters", *(f"{m['parameters']:,}" for m in (model, twin)), "–"],
+        ["training tokens", *(f"{m['tokens']:,}" for m in (model, twin)), "–"],
+        ["training time (s)", *(f"{m['train_seconds']:.0f}" for m in (model, twin)), "–"],
+        ["peak memory of the process (MiB)", *(f"{m['peak_memory_bytes'] / 2**20:,.0f}" for m in (model, twin)), "–"],
+    ]
+    return f"""## The quickstart
+
+Byte pairs of the documentation that CPython carries. From an empty folder to the final screen, installation included, the
+command of the README took **{result["whole_command_seconds"] / 60:.1f} minutes** here (target: 5).
+
+{table(["", "DEQ-Transformer", f"explicit twin, {twin['depth']} layers", "xz -9"], rows)}
+
+The twin stands beside the DEQ at equal parameters and training tokens. xz sees the test text alone; the models have learned
+from {model["tokens"]:,} tokens of training text.
+
+Measured on {where(result)}.
+"""
+
+
+def main() -> None:
+    parts = (quickstart, language_models, memory, overhead, gradients, generation)
+    text = (
+        "# Results\n\nEvery figure here was measured by the command beside it and set by `python benchmarks/report.py`.\n\n"
+    )
+    text += "\n".join(part() for part in parts)
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(text)
+    print(f"wrote {PAGE.name}")
+
+
+if __name__ == "__main__":
+    main()
