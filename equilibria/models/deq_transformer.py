@@ -15,6 +15,7 @@ from equilibria.models.block import DropoutMasks, Memory, TransformerBlock
 from equilibria.nn.deq import DEQ
 from equilibria.nn.dropout import FrozenDropout
 from equilibria.nn.stack import stack
+from equilibria.regularizers import jacobian_loss
 from equilibria.solution import Stats
 from equilibria.solvers import Solver
 from equilibria.stopping import Stopping
@@ -72,6 +73,8 @@ class LMOutput(NamedTuple):
     """The last `mem_len` positions, detached; pass it to the next segment."""
     stats: list[Stats]
     """One entry per solved subsequence, in order; empty where the explicit stack was applied."""
+    jacobian: Tensor | None = None
+    """Estimate of ‖J‖²_F per entry of the state (see `jacobian_loss`), where it was asked for."""
 
 
 class DEQTransformerLM(nn.Module):
@@ -148,7 +151,13 @@ class DEQTransformerLM(nn.Module):
         return block
 
     def forward(
-        self, tokens: Tensor, targets: Tensor, memory: Memory | None = None, *, depth: int | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        memory: Memory | None = None,
+        *,
+        depth: int | None = None,
+        jacobian: bool = False,
     ) -> LMOutput:
         """Loss of each target.
 
@@ -157,6 +166,7 @@ class DEQTransformerLM(nn.Module):
             targets: (B, L) int64, usually the tokens one position later.
             memory: of the segment before; None at the start of a text.
             depth: apply the block this many times instead of solving, e.g. to warm up; None for `config.depth`.
+            jacobian: also return the Jacobian loss at the equilibrium (a stack has none).
         """
         self._check(tokens, targets, memory)
         injection = self.injection(tokens)
@@ -164,13 +174,15 @@ class DEQTransformerLM(nn.Module):
             memory = self.empty_memory(tokens.shape[0])
         masks = self.block.draw_masks(injection)
         depth = self.config.depth if depth is None else depth
+        stats: list[Stats] = []
+        penalty = None
         if depth is None:
-            z, stats = self._solve(injection, memory, masks)
+            z, stats, penalty = self._solve(injection, memory, masks, jacobian)
         else:
-            z, stats = stack(self.block, depth, injection, memory, masks, self.config.local_size), []
+            z = stack(self.block, depth, injection, memory, masks, self.config.local_size)
         logits = self.logits(self.dropout(z, self.dropout.mask(z)))
         nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-        return LMOutput(nll, self._remember(memory, z, injection), stats)
+        return LMOutput(nll, self._remember(memory, z, injection), stats, penalty)
 
     def injection(self, tokens: Tensor) -> Tensor:
         """u (B, L, 3d) of tokens (B, L)."""
@@ -186,16 +198,23 @@ class DEQTransformerLM(nn.Module):
         d, like = self.config.d_model, self.output_bias
         return Memory(like.new_zeros(batch, 0, d), like.new_zeros(batch, 0, 3 * d))
 
-    def _solve(self, injection: Tensor, memory: Memory, masks: DropoutMasks) -> tuple[Tensor, list[Stats]]:
+    def _solve(
+        self, injection: Tensor, memory: Memory, masks: DropoutMasks, jacobian: bool
+    ) -> tuple[Tensor, list[Stats], Tensor | None]:
         pieces: list[Tensor] = []
         stats: list[Stats] = []
+        penalties: list[Tensor] = []
         past = memory
         for u in injection.split(self.config.subseq_len or injection.shape[1], dim=1):
-            z, solved = self.deq(u, past, masks, self.config.local_size)
+            args = self.block.prepare(u, past, masks, self.config.local_size)
+            z, solved = self.deq.solve(self.block.initial(u), *args)
+            if jacobian:
+                penalties.append(jacobian_loss(self.block, z, *args))
             pieces.append(z)
             stats.append(solved)
             past = Memory(z, u)
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1), stats
+        penalty = torch.stack(penalties).mean() if penalties else None
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1), stats, penalty
 
     @torch.no_grad()
     def _remember(self, memory: Memory, z: Tensor, injection: Tensor) -> Memory:

@@ -64,7 +64,10 @@ class DEQ(nn.Module):
     def forward(self, *inputs: Any, z0: Any = None) -> Solution:
         """The equilibrium for these inputs, searched from z0 if it is given (a warm start)."""
         args = prepared(self.block, *inputs)
-        z0 = initial(self.block, *inputs) if z0 is None else z0
+        return self.solve(initial(self.block, *inputs) if z0 is None else z0, *args)
+
+    def solve(self, z0: Any, *args: Any) -> Solution:
+        """The equilibrium for the args that `prepare` made, for a caller that needs these args as well."""
         stopping = self.stopping if self.training or self.eval_stopping is None else self.eval_stopping
         return fixed_point(
             self.block, z0, *args, solver=self.solver, stopping=stopping, adjoint=self.adjoint,

@@ -103,11 +103,16 @@ class SolveConfig:
     """Vector-Jacobian products that one backward solve may spend."""
     phantom_steps: int = 1
     """Steps that the phantom gradient differentiates."""
+    jacobian_weight: float = 0.0
+    """Weight of the Jacobian loss, which keeps solves short as training goes on; 0 for none."""
+    jacobian_share: float = 0.4
+    """Share of the steps, drawn at random, that the Jacobian loss is added to."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "history", "max_evals", "eval_max_evals", "backward_max_evals", "phantom_steps")
         _check_positive(self, "rtol", "eval_rtol", "backward_rtol")
-        _check_not_negative(self, "atol")
+        _check_not_negative(self, "atol", "jacobian_weight")
+        _check(0 <= self.jacobian_share <= 1, "jacobian_share", self.jacobian_share, "give a share between 0 and 1")
         _check(0 < self.damping <= 2, "damping", self.damping, "give a number above 0 and at most 2")
 
 

@@ -30,7 +30,7 @@ from equilibria.train.window import Window
 class Trainer:
     """Trains a language model on a corpus and keeps a run folder up to date.
 
-    `model(tokens, targets, memory, depth=...)` returns an output with `nll` (B, L), `memory` and `stats`, as
+    `model(tokens, targets, memory, depth=..., jacobian=...)` returns an output with `nll` (B, L), `memory`, `stats` and `jacobian`, as
     `equilibria.models.DEQTransformerLM` does. `backward` is the meter that the model's adjoint reports to.
     `last_step` stops before the schedule ends, so that a twin can be trained for as long as another run was.
 
@@ -127,9 +127,11 @@ class Trainer:
         for _ in range(self.config.optim.accumulate):
             tokens, targets = self._next_segment()  # (B, L) each
             with self.accelerator.accumulate(self.model):
-                output = self.model(tokens, targets, self.memory, depth=depth)
+                output = self.model(tokens, targets, self.memory, depth=depth, jacobian=self._regularized())
                 loss = output.nll.mean()
                 value = _finite(loss, "the loss")
+                if output.jacobian is not None:
+                    loss = loss + self.config.solver.jacobian_weight * output.jacobian
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
@@ -144,6 +146,11 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.window.seconds += seconds
         self.state.train_seconds += seconds
+
+    def _regularized(self) -> bool:
+        """Whether this segment's loss gets the Jacobian loss; drawn from the random state that checkpoints keep."""
+        solver = self.config.solver
+        return solver.jacobian_weight > 0 and float(torch.rand(())) < solver.jacobian_share
 
     def _next_segment(self) -> tuple[Tensor, Tensor]:
         state = self.state
