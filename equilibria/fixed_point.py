@@ -10,6 +10,7 @@ from equilibria.adjoints.adjoint import stats_of
 from equilibria.declared import Declared
 from equilibria.solution import NonFiniteError, Solution
 from equilibria.solvers import Anderson, Solver
+from equilibria.solvers.solver import check_choice
 from equilibria.stopping import Stopping
 from equilibria.structure import layout_of
 
@@ -60,8 +61,12 @@ def fixed_point(
     True
     >>> z.sum().backward()
     """
-    solver, stopping, adjoint = solver or Anderson(), stopping or Stopping(), adjoint or Implicit()
-    check_choices(solver, stopping, adjoint)
+    solver = Anderson() if solver is None else solver
+    stopping = Stopping() if stopping is None else stopping
+    adjoint = Implicit() if adjoint is None else adjoint
+    check_choice("solver", solver, ("init", "step"), "Anderson()")
+    check_choice("stopping", stopping, ("tolerance",), "Stopping(rtol=1e-3)")
+    check_choice("adjoint", adjoint, ("solve",), "Implicit()")
     layout = layout_of(z0)
     declared = Declared(f, layout, args, batch_dims)
     forward = Forward(solver, stopping, raise_nonfinite=raise_nonfinite)
@@ -72,14 +77,3 @@ def fixed_point(
             error.solution = error.solution._replace(z=layout.unpack(error.solution.z))
         raise
     return Solution(layout.unpack(solved.z), stats_of(solved, forward.evaluations))
-
-
-def check_choices(solver: Any, stopping: Any, adjoint: Any) -> None:
-    """Refuse what is no solver, stopping or adjoint, such as the name or the class of one."""
-    for name, value, methods, example in (
-        ("solver", solver, ("init", "step"), "Anderson()"),
-        ("stopping", stopping, ("tolerance",), "Stopping(rtol=1e-3)"),
-        ("adjoint", adjoint, ("solve",), "Implicit()"),
-    ):
-        if isinstance(value, type) or not all(hasattr(value, method) for method in methods):
-            raise TypeError(f"{name}={value!r} is not a {name}; give an object such as {example}")

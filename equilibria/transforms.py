@@ -21,6 +21,11 @@ def transformed() -> bool:
     return _functorch.peek_interpreter_stack() is not None
 
 
+def differentiating() -> bool:
+    """Whether derivatives are wanted at all: torch.no_grad() switches off reverse mode, but not forward mode."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
 def forward_modes() -> int:
     """How many forward-mode transforms are running, one inside the other."""
     stack = _functorch.get_interpreter_stack() or []

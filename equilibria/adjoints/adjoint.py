@@ -64,7 +64,7 @@ class Forward:
         budgeted.evaluations = self.evaluations
         solved = iterate(self.solver, budgeted, z0, self.stopping)
         self.evaluations = budgeted.evaluations
-        if confirm:
+        if confirm and bool((solved.steps > 0).any()):  # at z0 itself the residual was measured
             solved = self._confirm(f, args, fz0, solved)
         if self.raise_nonfinite and bool((solved.status == Status.NONFINITE).any()):
             raise self._nonfinite(solved)

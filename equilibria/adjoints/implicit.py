@@ -13,8 +13,9 @@ from equilibria.adjoints.adjoint import DeclaredFunction, Forward, Function, sta
 from equilibria.iterate import Solved
 from equilibria.solution import NonFiniteError, Stats
 from equilibria.solvers import GMRES, Solver
+from equilibria.solvers.solver import check_choice
 from equilibria.stopping import Stopping
-from equilibria.transforms import forward_modes, transformed
+from equilibria.transforms import differentiating, forward_modes, transformed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,14 @@ class Implicit:
     on_backward: Callable[[Stats], None] | None = None
     """Called with the statistics of each backward solve, for logging."""
 
+    def __post_init__(self) -> None:
+        check_choice("solver", self.solver, ("init", "step"), "GMRES()")
+        check_choice("stopping", self.stopping, ("tolerance",), "Stopping(rtol=1e-4)")
+        if self.on_backward is not None and not callable(self.on_backward):
+            raise TypeError(f"Implicit(on_backward={self.on_backward!r}): on_backward must be a function of Stats, or None")
+
     def solve(self, f: DeclaredFunction, z0: Tensor, args: tuple[Tensor, ...], forward: Forward) -> Solved:
-        fz0 = forward.probe(f, z0, args, check_grad=torch.is_grad_enabled())
+        fz0 = forward.probe(f, z0, args, check_grad=differentiating())
         return Solved(*_FixedPoint.apply(self, f, forward, z0, fz0, *args))  # type: ignore[misc]
 
     def linear(self) -> Forward:

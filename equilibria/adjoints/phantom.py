@@ -11,6 +11,7 @@ from equilibria.adjoints.adjoint import DeclaredFunction, Forward
 from equilibria.adjoints.implicit import Implicit
 from equilibria.iterate import Solved
 from equilibria.solvers.solver import check_count, check_damping
+from equilibria.transforms import differentiating
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Phantom:
 
     def solve(self, f: DeclaredFunction, z0: Tensor, args: tuple[Tensor, ...], forward: Forward) -> Solved:
         solved = Implicit().solve(f, z0.detach(), tuple(arg.detach() for arg in args), forward)
-        if not torch.is_grad_enabled():
+        if not differentiating():
             return solved
         z = solved.z
         for _ in range(self.steps):

@@ -56,9 +56,9 @@ class DEQ(nn.Module):
         if not isinstance(block, nn.Module):
             raise TypeError(f"DEQ needs an nn.Module, not a {type(block).__name__}; for a function use fixed_point")
         self.block = block
-        self.solver = solver or Anderson()
-        self.stopping = stopping or Stopping()
-        self.adjoint = adjoint or Implicit()
+        self.solver: Solver[Any] = Anderson() if solver is None else solver
+        self.stopping = Stopping() if stopping is None else stopping
+        self.adjoint: Adjoint = Implicit() if adjoint is None else adjoint
         self.eval_stopping = eval_stopping
 
     def forward(self, *inputs: Any, z0: Any = None) -> Solution:

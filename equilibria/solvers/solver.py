@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -101,6 +102,12 @@ def solve_scaled(system: Tensor, rhs: Tensor, scale: Tensor, ridge: float = 0.0)
     solution = d * solution.squeeze(2)
     sound = (info == 0) & solution.isfinite().all(dim=1)
     return torch.where(sound.unsqueeze(1), solution, 0.0)
+
+
+def check_choice(name: str, value: Any, methods: Sequence[str], example: str) -> None:
+    """Refuse what is no solver, stopping or adjoint, such as the name or the class of one."""
+    if isinstance(value, type) or not all(hasattr(value, method) for method in methods):
+        raise TypeError(f"{name}={value!r} is not a {name}; give an object such as {example}")
 
 
 def check_damping(name: str, damping: float) -> None:

@@ -8,6 +8,7 @@ import math
 import time
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -30,8 +31,8 @@ from equilibria.train.window import Window
 class Trainer:
     """Trains a language model on a corpus and keeps a run folder up to date.
 
-    `model(tokens, targets, memory, depth=..., jacobian=...)` returns an output with `nll` (B, L), `memory`, `stats` and `jacobian`, as
-    `equilibria.models.DEQTransformerLM` does. `backward` is the meter that the model's adjoint reports to.
+    `model(tokens, targets, memory, depth=..., jacobian=...)` returns an output with `nll` (B, L), `memory`, `stats` and
+    `jacobian`, as `equilibria.models.DEQTransformerLM` does. `backward` is the meter that the model's adjoint reports to.
     `last_step` stops before the schedule ends, so that a twin can be trained for as long as another run was.
 
     The text is read in order, B lanes side by side and L tokens at a time; the memory that one segment leaves is

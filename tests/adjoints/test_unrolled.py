@@ -36,7 +36,6 @@ def test_is_the_derivative_of_a_solve_that_did_not_converge(solver: Any, budget:
     assert torch.autograd.gradgradcheck(layer, inputs)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="a buffer that autograd recorded is overwritten")
 def test_gmres() -> None:
     A, b = 0.9 * orthogonal(5), normal(0, 2, 5)
     stopping = Stopping(rtol=0, atol=0, max_evals=4)

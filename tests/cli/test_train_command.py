@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,3 +158,14 @@ def test_accumulated_steps_read_more_text(text_dir: Path, small: list[str], tmp_
     assert (state["step"], state["segment"], state["tokens"]) == (2, 4, 2 * 2 * 4 * 8)
     model = load_run(tmp_path / "two").model()
     assert next(model.parameters()).dtype == torch.float32
+
+
+def test_mixed_precision(text_dir: Path, small: list[str], tmp_path: Path):
+    """In a process of its own: Accelerate fixes the precision of a process once."""
+    run = tmp_path / "bf16"
+    argv = ["train", "text", "--data-dir", str(text_dir), "--run-dir", str(run), *small, "--no-twin", "--precision", "bf16"]
+    subprocess.run([sys.executable, "-W", "error", "-m", "equilibria", *argv], check=True, capture_output=True)
+    losses = [row["train/loss"] for row in read_metrics(run / "metrics.jsonl") if "train/loss" in row]
+    assert len(losses) == 6
+    assert all(4 < loss < 7 for loss in losses)
+    assert {tensor.dtype for tensor in load_file(run / "best" / "model.safetensors").values()} == {torch.float32}

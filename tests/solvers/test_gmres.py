@@ -77,7 +77,6 @@ def test_refuses_a_map_that_is_not_affine(rtol: float) -> None:
         fixed_point(lambda z: 2 * torch.cos(3 * z), torch.zeros(2, 3), solver=GMRES(), stopping=Stopping(rtol=rtol))
 
 
-@pytest.mark.xfail(strict=True, reason="the evaluation that measures the residual comes on top of max_evals")
 @pytest.mark.parametrize("budget", [1, 2, 4, 7])
 def test_respects_the_budget(budget: int) -> None:
     A, b = normal_matrix(torch.linspace(-0.9, 0.9, 12)), normal(1, 2, 12)
@@ -91,17 +90,16 @@ def test_respects_the_budget(budget: int) -> None:
     assert torch.allclose(stats.residual, residual, rtol=1e-12)
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="rounding is compared to f(z), which vanishes: 'not affine'")
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_a_zero_fixed_point_is_affine_too(rate: float) -> None:
     """Where the solution is zero, rounding is large beside f(z); that does not make the map another."""
     z0 = normal(0, 5, 4).float()
     z, stats = fixed_point(lambda z: rate * z, z0, solver=GMRES())
     assert stats.evaluations <= 50
-    assert z.abs().max() < 1e-6
+    # f(origin + v) - f(origin) is rounded to the size of z0, and an error in the residual counts 1 / (1 - rate) times.
+    assert z.abs().max() < 4 * torch.finfo(torch.float32).eps * float(z0.norm(dim=1).max()) / (1 - rate)
 
 
-@pytest.mark.xfail(strict=True, reason="0 / 0 where GMRES measures the relative residual")
 def test_relative_residual_is_zero_at_an_exact_zero() -> None:
     stats = fixed_point(lambda z: 0.5 * z, torch.zeros(2, 3), solver=GMRES()).stats
     assert stats.residual.tolist() == [0.0, 0.0]
