@@ -77,7 +77,8 @@ def _trace(model: DEQTransformerLM, run: LoadedRun, corpus: Corpus) -> torch.Ten
     batches = OrderedBatches(corpus.valid.tokens, lanes, run.config.optim.length, device())
     memory, stats = None, []
     for index in range(min(2, len(batches))):
-        _, memory, stats = model(*batches[index], memory)
+        output = model(*batches[index], memory)
+        memory, stats = output.memory, output.stats
     last = stats[-1]
     assert last.trace is not None
     scale = last.residual / last.relative  # (B,) ‖f(z*)‖

@@ -176,6 +176,25 @@ def test_killed_run_repeats_the_steps_after_its_checkpoint(make: Make, whole: Tr
     assert losses(resumed) == losses(whole)
 
 
+def test_jacobian_loss_is_drawn_from_the_stored_random_state(make: Make):
+    config = dataclasses.replace(
+        with_optim(steps=8, pretrain_steps=0),
+        solver=dataclasses.replace(CONFIG.solver, jacobian_weight=1.0, jacobian_share=0.5),
+        eval_every=100,
+    )
+    uninterrupted, plain = make(config, name="whole"), make(dataclasses.replace(config, solver=CONFIG.solver), name="plain")
+    uninterrupted.run()
+    plain.run()
+    with pytest.raises(Interrupted):
+        make(config, stop=StopAfter(4)).run()
+    torch.rand(3)
+    resumed = make(config)
+    assert resumed.state.step == 4
+    resumed.run()
+    assert losses(resumed) == losses(uninterrupted) != losses(plain)
+    make(config.for_twin(), name="twin").run()  # the twin has no such loss, and trains all the same
+
+
 def test_finished_run_stays_as_it_is_and_can_be_prolonged(make: Make):
     make(with_optim(steps=4)).run()
     again = make(with_optim(steps=4))
