@@ -107,7 +107,7 @@ class DEQTransformerLM(nn.Module):
 
     >>> model = DEQTransformerLM(TransformerConfig(vocab_size=100, d_model=32))
     >>> text = torch.randint(100, (2, 9))
-    >>> nll, memory, stats = model(text[:, :-1], text[:, 1:])
+    >>> nll, memory, stats, _ = model(text[:, :-1], text[:, 1:])
     >>> nll.shape
     torch.Size([2, 8])
     """

@@ -50,7 +50,7 @@ def assert_same_gradients(ours: list[Tensor], expected: list[Tensor]) -> None:
 def test_output_is_the_loss_of_an_equilibrium(options):
     model = make(**options)
     tokens, targets = text()
-    nll, memory, stats = model(tokens, targets)
+    nll, memory, stats, _ = model(tokens, targets)
     assert nll.shape == tokens.shape
     assert len(stats) == 1
     assert stats[0].converged.all()
@@ -101,7 +101,7 @@ def test_subsequences_see_the_piece_before_and_nothing_earlier():
     tokens, targets = text(length=10)
     _, start = text(length=5)
     memory = plain(start, start).memory
-    nll, _, stats = model(tokens, targets, memory)
+    nll, _, stats, _ = model(tokens, targets, memory)
     assert len(stats) == 3  # 4, 4 and 2 positions
     plain.mem_len = 4
     expected, past = [], memory
