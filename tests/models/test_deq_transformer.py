@@ -141,7 +141,7 @@ def test_gradients_flow_from_one_subsequence_into_the_one_before():
 
 
 def test_twin_has_the_parameters_of_the_equilibrium_and_tends_to_it():
-    model, twin = make(), make(depth=300)
+    model, twin = make(), make(depth=600)
     assert twin.load_state_dict(model.state_dict()).missing_keys == []
     tokens, targets = text()
     memory = model(tokens, targets).memory
