@@ -49,6 +49,7 @@ class Declared:
         self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # constants
         self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._owned = {} if self.module is None else dict(_named(self.module))
+        self._slots = [_slot(self.module, name) for name in self._owned] if self.module is not None else []
         self.tensors: tuple[Tensor, ...] = (*(leaves[i] for i in self._places), *self._owned.values())
         self.dims = None if batch_dims is None else self._dims_of(args, layout.batch, batch_dims)
 
@@ -61,7 +62,7 @@ class Declared:
         state = self.layout.unpack(z)
         owned = tensors[len(self._places) :]
         with self.autocast or nullcontext():
-            if self.module is None or all(a is b for a, b in zip(owned, self._owned.values(), strict=True)):
+            if self.module is None or all(held[key] is a for a, (held, key) in zip(owned, self._slots, strict=True)):
                 output = self.f(state, *args)
             else:
                 values = {f"owner.{name}": value for name, value in zip(self._owned, owned, strict=True)}
@@ -147,6 +148,13 @@ def _module_of(f: Callable[..., Any]) -> nn.Module | None:
 def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()
+
+
+def _slot(module: nn.Module, name: str) -> tuple[dict[str, Tensor | None], str]:
+    """Where a module holds a tensor now: the caller may have put another in its place, as functional_call does."""
+    path, _, key = name.rpartition(".")
+    owner = module.get_submodule(path)
+    return (owner._parameters if key in owner._parameters else owner._buffers), key  # type: ignore[return-value]
 
 
 def _refuse_dropout(module: nn.Module) -> None:
