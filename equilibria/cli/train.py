@@ -23,6 +23,7 @@ from equilibria.solution import UserError
 from equilibria.train.config import FIXED_ON_RESUME, RunConfig, changed_fields
 from equilibria.train.interrupt import Interrupted, StopRequest
 from equilibria.train.loop import Trainer
+from equilibria.train.memory import keep_freed_memory
 from equilibria.train.report import shown_path
 from equilibria.train.run_folder import RunFolder, create_run, newest_run, open_run
 from equilibria.train.solves import SolveMeter
@@ -63,6 +64,7 @@ def train_command(argv: Sequence[str]) -> int:
     config = _with_absolute_data_dir(options.config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    keep_freed_memory()
     corpus = build_corpus(config.data)
     if folder is None:
         folder = create_run(recipe, options.run_dir)
