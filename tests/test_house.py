@@ -29,6 +29,7 @@ CORE = [
     "iterate",
     "adjoints",
     "fixed_point",
+    "regularizers",
     "nn",
     "models",
 ]
