@@ -15,7 +15,7 @@ from equilibria.solution import NonFiniteError, Stats
 from equilibria.solvers import GMRES, Solver
 from equilibria.solvers.solver import check_choice
 from equilibria.stopping import Stopping
-from equilibria.transforms import differentiating, forward_modes, transformed
+from equilibria.transforms import differentiating, forward_modes, transformed, without_derivatives
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class Implicit:
 
     def solve(self, f: DeclaredFunction, z0: Tensor, args: tuple[Tensor, ...], forward: Forward) -> Solved:
         fz0 = forward.probe(f, z0, args, check_grad=differentiating())
-        return Solved(*_FixedPoint.apply(self, f, forward, z0, fz0, *args))  # type: ignore[misc]
+        return Solved(*_FixedPoint.apply(self, f, forward, without_derivatives(z0), fz0, *args))  # type: ignore[misc]
 
     def linear(self) -> Forward:
         """Runs the affine solves that derivatives need."""
