@@ -73,9 +73,7 @@ class _FixedPoint(torch.autograd.Function):
 
     @staticmethod
     def forward(adjoint: Implicit, f: Function, forward: Forward, z0: Tensor, fz0: Tensor, *args: Tensor) -> Any:
-        solved = forward(f, z0, fz0, args)
-        # An autograd function must not return what it was given.
-        return tuple(solved._replace(z=solved.z.clone()) if solved.z is z0 or solved.z is fz0 else solved)
+        return tuple(forward(f, z0, fz0, args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

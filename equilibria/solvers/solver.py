@@ -107,7 +107,7 @@ def solve_scaled(system: Tensor, rhs: Tensor, scale: Tensor, ridge: float = 0.0)
 def check_choice(name: str, value: Any, methods: Sequence[str], example: str) -> None:
     """Refuse what is no solver, stopping or adjoint, such as the name or the class of one."""
     if isinstance(value, type) or not all(hasattr(value, method) for method in methods):
-        raise TypeError(f"{name}={value!r} is not a {name}; give an object such as {example}")
+        raise TypeError(f"{name}={value!r} is no {name}; give an object such as {example}")
 
 
 def check_damping(name: str, damping: float) -> None:

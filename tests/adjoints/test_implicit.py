@@ -315,9 +315,9 @@ class TestNotFinite:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"solver": "gmres"}, r"solver='gmres' is not a solver; give an object such as GMRES\(\)"),
-        ({"solver": Anderson}, r"solver=<class .*> is not a solver"),
-        ({"stopping": 1e-3}, r"stopping=0.001 is not a stopping; give an object such as Stopping\(rtol=1e-4\)"),
+        ({"solver": "gmres"}, r"solver='gmres' is no solver; give an object such as GMRES\(\)"),
+        ({"solver": Anderson}, r"solver=<class .*> is no solver"),
+        ({"stopping": 1e-3}, r"stopping=0.001 is no stopping; give an object such as Stopping\(rtol=1e-4\)"),
         ({"on_backward": 3}, r"Implicit\(on_backward=3\): on_backward must be a function of Stats, or None"),
         ({"tol": 1e-3}, "unexpected keyword argument 'tol'"),
     ],
