@@ -64,9 +64,8 @@ class Forward:
         budgeted.evaluations = self.evaluations
         solved = iterate(self.solver, budgeted, z0, self.stopping)
         self.evaluations = budgeted.evaluations
-        if (
-            solved.z is z0 or solved.z is fz0
-        ):  # what was given may be the caller's, and is no output of an autograd function
+        # What was given may belong to the caller, and an autograd function must not return it.
+        if solved.z is z0 or solved.z is fz0:
             solved = solved._replace(z=solved.z.clone())
         if confirm and bool((solved.steps > 0).any()):  # at z0 itself the residual was measured
             solved = self._confirm(f, args, fz0, solved)

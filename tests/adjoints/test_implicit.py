@@ -46,7 +46,7 @@ class Layer(nn.Module):
         self.weight = nn.Parameter(0.7 * orthogonal(4))
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        return torch.tanh(z @ self.weight.T + x)
+        return torch.tanh(nn.functional.linear(z, self.weight) + x)
 
 
 class TestGraph:
@@ -384,14 +384,16 @@ class TestAutocast:
     @each_adjoint
     @pytest.mark.parametrize("inside_first", [True, False])
     def test_a_weight_used_inside_and_outside_keeps_its_whole_gradient(self, adjoint: Any, inside_first: bool) -> None:
-        """Autocast keeps the bfloat16 copy of a weight; one made where no gradient is recorded must not serve outside."""
+        """Autocast keeps the bfloat16 copy of a weight; one made where no gradient is recorded must not serve outside.
+
+        It keeps those of leaves alone, so that both uses are of the parameter itself and not of a view."""
         layer, x = Layer().float(), normal(0, 3, 4).float()
 
         def inside() -> Tensor:
             return fixed_point(layer, torch.zeros(3, 4), x, adjoint=adjoint).z.square().sum()
 
         def outside() -> Tensor:
-            return (x @ layer.weight).float().square().sum()
+            return nn.functional.linear(x, layer.weight).float().square().sum()
 
         def gradient(*losses: Callable[[], Tensor]) -> Tensor:
             with torch.autocast("cpu", dtype=torch.bfloat16):
