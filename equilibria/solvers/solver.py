@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from equilibria.stopping import work_dtype
+from equilibria.transforms import carries_derivatives, differentiating
 
 
 class Map(Protocol):
@@ -65,8 +66,8 @@ def difference(fz: Tensor, z: Tensor) -> Tensor:
 
 
 def recorded(*tensors: Tensor) -> bool:
-    """Whether autograd records what is done with these tensors, so that nothing may be overwritten."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    """Whether reverse or forward mode follows these tensors, so that nothing may be overwritten."""
+    return differentiating() and any(map(carries_derivatives, tensors))
 
 
 def store_difference(history: Tensor, slot: int, new: Tensor, old: Tensor) -> Tensor:
