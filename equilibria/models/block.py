@@ -82,8 +82,8 @@ class TransformerBlock(nn.Module):
         dropout: probability of dropping a unit, for `draw_masks`.
         pre_norm: normalise before each part instead of after it.
         weight_norm: W = g V / ‖V‖ row by row, for the weights of all five linear maps.
+        init_std: the weights start as N(0, init_std²), the biases of linear maps as 0.
 
-    Weights start as N(0, 0.02^2), biases as 0.
 
     Source: Bai, Kolter & Koltun, "Deep Equilibrium Models", 2019, section 3.3 and appendix B.
 
@@ -105,6 +105,7 @@ class TransformerBlock(nn.Module):
         dropout: float = 0.0,
         pre_norm: bool = False,
         weight_norm: bool = False,
+        init_std: float = 0.02,
     ) -> None:
         super().__init__()
         for name, value in (("d_model", d_model), ("n_head", n_head), ("d_inner", d_inner)):
@@ -125,7 +126,7 @@ class TransformerBlock(nn.Module):
         self.position_bias = nn.Parameter(torch.empty(n_head, self.d_head))  # b_r
         self.time_dropout = FrozenDropout(dropout, shared_dims=(1,))  # (B, 1, width)
         self.position_dropout = FrozenDropout(dropout, shared_dims=(0,))  # (1, d)
-        self._initialise()
+        self._initialise(init_std)
         if weight_norm:  # after the initialisation, which would otherwise write to a derived tensor and be lost
             for linear in self._linears():
                 parametrizations.weight_norm(linear, dim=0)
@@ -133,7 +134,7 @@ class TransformerBlock(nn.Module):
     def _linears(self) -> tuple[nn.Linear, ...]:
         return (self.qkv, self.position, self.attention_out, self.ff_in, self.ff_out)
 
-    def _initialise(self, std: float = 0.02) -> None:
+    def _initialise(self, std: float) -> None:
         for linear in self._linears():
             nn.init.normal_(linear.weight, std=std)
         for linear in (self.attention_out, self.ff_in, self.ff_out):

@@ -2,5 +2,6 @@
 
 from equilibria.nn.deq import DEQ
 from equilibria.nn.dropout import FrozenDropout
+from equilibria.nn.stack import stack
 
-__all__ = ["DEQ", "FrozenDropout"]
+__all__ = ["DEQ", "FrozenDropout", "stack"]

@@ -66,8 +66,14 @@ class ModelConfig:
     depth: int | None = None
     """None: a deep equilibrium model. A number: the explicit twin, the same block stacked that often."""
 
+    init_std: float = 0.02
+    """Standard deviation of the initial weights of embedding and block."""
+    inject_std: float = 0.2
+    """Standard deviation of the initial weights of the injection."""
+
     def __post_init__(self) -> None:
         _check_positive(self, "d_model", "n_head", "d_inner", "local_size", "subseq_len", "depth")
+        _check_positive(self, "init_std", "inject_std")
         _check_not_negative(self, "mem_len")
         fits = self.d_model % self.n_head == 0 and self.d_model % 2 == 0
         _check(fits, "d_model", self.d_model, f"give an even multiple of --n-head {self.n_head}")
