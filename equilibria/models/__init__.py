@@ -1,7 +1,7 @@
 """Language models at equilibrium, and their explicit twins."""
 
 from equilibria.models.block import Memory, TransformerBlock
-from equilibria.models.deq_transformer import DEQTransformerLM, LMOutput, TransformerConfig
+from equilibria.models.deq_transformer import DEQTransformerLM, LMOutput, TransformerConfig, TransformerShape
 from equilibria.models.generation import generate, next_token_logits, sample, stream
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Memory",
     "TransformerBlock",
     "TransformerConfig",
+    "TransformerShape",
     "generate",
     "next_token_logits",
     "sample",

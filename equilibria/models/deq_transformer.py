@@ -22,11 +22,9 @@ from equilibria.stopping import Stopping
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """The shape of a `DEQTransformerLM`."""
+class TransformerShape:
+    """What a `DEQTransformerLM` is like, whatever it reads."""
 
-    vocab_size: int
-    """Number of tokens."""
     d_model: int = 128
     """Width of the state at each position; even, and a multiple of n_head."""
     n_head: int = 4
@@ -55,7 +53,6 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         for name, lowest in (
-            ("vocab_size", 1),
             ("d_model", 1),
             ("n_head", 1),
             ("d_inner", 1),
@@ -70,6 +67,19 @@ class TransformerConfig:
         for name in ("init_std", "inject_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a finite number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(TransformerShape):
+    """The shape of a `DEQTransformerLM`, and of its vocabulary."""
+
+    vocab_size: int
+    """Number of tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vocab_size < 1:
+            raise ValueError(f"vocab_size is {self.vocab_size}; give 1 or more")
 
 
 class LMOutput(NamedTuple):

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import cattrs
 import tyro
 
+from equilibria.models.deq_transformer import TransformerShape
 from equilibria.solution import UserError
 
 CorpusName = Literal["python-docs", "wikitext-2", "penn-treebank", "text"]
@@ -42,34 +43,8 @@ def _check_not_negative(config: object, *names: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(TransformerShape):
     """Shape of the Transformer; its vocabulary comes from the corpus."""
-
-    d_model: int = 128
-    """Width of a position's state."""
-    n_head: int = 4
-    """Attention heads; d_model must be a multiple of it."""
-    d_inner: int = 512
-    """Width inside the feed-forward layer."""
-    mem_len: int = 64
-    """Positions of the previous segments that attention can reach."""
-    dropout: float = 0.0
-    """Share of activations dropped; the mask is drawn once per solve."""
-    pre_norm: bool = False
-    """Normalise before each sublayer instead of after it."""
-    weight_norm: bool = False
-    """Reparametrise the block's matrices as direction times length."""
-    local_size: int | None = None
-    """Positions back that attention can reach at most; None: no limit but the memory."""
-    subseq_len: int | None = None
-    """Solve a segment in pieces of this many positions; None: at once."""
-    depth: int | None = None
-    """None: a deep equilibrium model. A number: the explicit twin, the same block stacked that often."""
-
-    init_std: float = 0.02
-    """Standard deviation of the initial weights of embedding and block."""
-    inject_std: float = 0.2
-    """Standard deviation of the initial weights of the injection."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "d_model", "n_head", "d_inner", "local_size", "subseq_len", "depth")
