@@ -167,6 +167,10 @@ def quickstart() -> str:
 Byte pairs of the documentation that CPython carries. From an empty folder to the final screen, installation included, the
 command of the README took **{result["whole_command_seconds"] / 60:.1f} minutes** here (target: 5).
 
+```sh
+python benchmarks/quickstart.py
+```
+
 {table(["", "DEQ-Transformer", f"explicit twin, {twin['depth']} layers", "xz -9"], rows)}
 
 The twin stands beside the DEQ at equal parameters and training tokens. xz sees the test text alone; the models have learned
