@@ -2,7 +2,8 @@
 
 Overhead = wall time of a solve / (evaluations x wall time of one f), for the block of the DEQ-Transformer, forward and
 without gradients. One f is timed as a chain z <- f(z), as long as the solve's, so that both move through fresh memory
-alike; chain and solve take turns. The solve's residual is recomputed before anything is timed.
+alike; chain and solve take turns. The solve's residual is recomputed before anything is timed. As in `equilibria train`,
+the C library keeps freed memory; without that, page faults double the overhead of the smallest block.
 
     python benchmarks/overhead.py
 """
@@ -16,6 +17,7 @@ from harness import interleaved, median_ratio, save
 
 from equilibria import Anderson, Broyden, Picard, Solution, Stopping, fixed_point
 from equilibria.models.block import Memory, TransformerBlock
+from equilibria.train.memory import keep_freed_memory
 
 SIZES = (
     {"d_model": 128, "length": 64, "memory": 64, "batch": 16},
@@ -23,7 +25,7 @@ SIZES = (
     {"d_model": 512, "length": 64, "memory": 150, "batch": 8},
 )
 SOLVERS = {"picard": Picard(), "anderson": Anderson(), "broyden": Broyden()}
-EVALUATIONS, ROUNDS = 16, 15
+EVALUATIONS, ROUNDS = 16, 9
 
 
 @torch.no_grad()
@@ -62,6 +64,7 @@ def measure(d_model: int, length: int, memory: int, batch: int) -> dict[str, dic
 
 def main() -> None:
     torch.set_num_threads(2)
+    keep_freed_memory()
     results = []
     for size in SIZES:
         rows = measure(**size)
