@@ -13,9 +13,9 @@ def quickstart() -> RunConfig:
         recipe="quickstart",
         model=ModelConfig(d_model=96, n_head=4, d_inner=384, mem_len=64, init_std=0.1, inject_std=0.1),
         solver=SolveConfig(max_evals=12, eval_max_evals=20, backward_max_evals=8, jacobian_weight=0.5),
-        data=DataConfig(corpus="python-docs", vocab_size=1024),
-        optim=OptimConfig(lr=5e-3, steps=600, warmup_steps=50, batch_size=16, length=64, pretrain_steps=50),
-        eval_every=200,
+        data=DataConfig(corpus="python-docs", vocab_size=2048),
+        optim=OptimConfig(lr=5e-3, steps=900, warmup_steps=50, batch_size=16, length=64, pretrain_steps=50),
+        eval_every=300,
     )
 
 
