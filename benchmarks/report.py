@@ -100,6 +100,13 @@ def overhead() -> str:
         ms = min(s["ms_per_f"] for s in solvers.values())
         rows.append([size, f"{ms:.1f}", *(f"{s['overhead']:.3f}" for s in solvers.values())])
     names = list(result["rows"][0]["solvers"])
+    missed = [
+        f"{name} at d {row['d_model']} ({solver['overhead']:.2f})"
+        for row in result["rows"]
+        for name, solver in row["solvers"].items()
+        if solver["overhead"] > 1.15
+    ]
+    verdict = f"Above the target: {', '.join(missed)}." if missed else "All meet the target."
     return f"""## Solver overhead
 
 Wall time of a solve over (evaluations x time of one f), language-model block, forward, medians of {result["rounds"]}
@@ -110,6 +117,9 @@ python benchmarks/overhead.py
 ```
 
 {table(["block", "one f (ms)", *names], rows)}
+
+{verdict} What a solver adds to f is passes over the state and its history, so it weighs most where f is smallest: f grows
+with the square of d_model, the passes with d_model.
 
 Measured on {where(result)}.
 """
