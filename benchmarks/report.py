@@ -26,7 +26,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def where(result: dict[str, Any]) -> str:
     m = result["machine"]
-    return f"{m['processor']}, {m['threads']} threads, torch {m['torch']}, Python {m['python']}"
+    return f"{m['processor']}, {m['threads']} thread{'s' if m['threads'] > 1 else ''}, torch {m['torch']}, Python {m['python']}"
 
 
 def language_models() -> str:
@@ -118,8 +118,12 @@ python benchmarks/overhead.py
 
 {table(["block", "one f (ms)", *names], rows)}
 
-{verdict} What a solver adds to f is passes over the state and its history, so it weighs most where f is smallest: f grows
-with the square of d_model, the passes with d_model.
+{verdict}
+
+What a solver adds to f is passes over the state and its history, so it weighs most where f is smallest: f grows with the
+square of d_model, the passes with d_model. What was tried: products as v Hᵀ instead of H v (ten times faster on a CPU),
+differences written straight into the history and scaled in the small system instead of in memory, no data moved for the
+best iterate where all samples improve, freed memory kept by the C library (1.77 to 1.28 for Anderson at d 128).
 
 Measured on {where(result)}.
 """
