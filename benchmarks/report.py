@@ -26,7 +26,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def where(result: dict[str, Any]) -> str:
     m = result["machine"]
-    return f"{m['processor']}, {m['threads']} thread{'s' if m['threads'] > 1 else ''}, torch {m['torch']}, Python {m['python']}"
+    threads = f"{m['threads']} threads" if m["threads"] > 1 else "1 thread"
+    return f"{m['processor']}, {threads}, torch {m['torch']}, Python {m['python']}"
 
 
 def language_models() -> str:
