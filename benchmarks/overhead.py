@@ -3,14 +3,15 @@
 Overhead = wall time of a solve / (evaluations x wall time of one f), for the block of the DEQ-Transformer, forward and
 without gradients. One f is timed as a chain z <- f(z), as long as the solve's, so that both move through fresh memory
 alike; chain and solve take turns. The solve's residual is recomputed before anything is timed. As in `equilibria train`,
-the C library keeps freed memory; without that, page faults double the overhead of the smallest block.
+the C library keeps freed memory; `--return-memory` measures, without recording it, what page faults cost otherwise.
 
-    python benchmarks/overhead.py
+    python benchmarks/overhead.py [--return-memory]
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 
 import torch
 from harness import interleaved, median_ratio, save
@@ -64,13 +65,17 @@ def measure(d_model: int, length: int, memory: int, batch: int) -> dict[str, dic
 
 def main() -> None:
     torch.set_num_threads(2)
-    keep_freed_memory()
+    keep = "--return-memory" not in sys.argv
+    if keep:
+        keep_freed_memory()
     results = []
     for size in SIZES:
         rows = measure(**size)
         results.append({**size, "solvers": rows})
         for name, row in rows.items():
             print(f"{size}  {name:9} overhead {row['overhead']:.3f}  one f {row['ms_per_f']:.2f} ms")
+    if not keep:
+        return
     save("overhead", {"evaluations": EVALUATIONS, "rounds": ROUNDS, "rows": results})
 
 

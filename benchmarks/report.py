@@ -122,9 +122,9 @@ python benchmarks/overhead.py
 {verdict}
 
 What a solver adds to f is passes over the state and its history, so it weighs most where f is smallest: f grows with the
-square of d_model, the passes with d_model. What was tried: products as v Hᵀ instead of H v (ten times faster on a CPU),
+square of d_model, the passes with d_model. What was tried: products as v Hᵀ instead of H v (which a CPU does several times faster),
 differences written straight into the history and scaled in the small system instead of in memory, no data moved for the
-best iterate where all samples improve, freed memory kept by the C library (1.77 to 1.28 for Anderson at d 128).
+best iterate where all samples improve, freed memory kept by the C library (`--return-memory` shows the difference).
 
 Measured on {where(result)}.
 """
