@@ -122,9 +122,10 @@ python benchmarks/overhead.py
 {verdict}
 
 What a solver adds to f is passes over the state and its history, so it weighs most where f is smallest: f grows with the
-square of d_model, the passes with d_model. What was tried: products as v Hᵀ instead of H v (which a CPU does several times faster),
-differences written straight into the history and scaled in the small system instead of in memory, no data moved for the
-best iterate where all samples improve, freed memory kept by the C library (`--return-memory` shows the difference).
+square of d_model, the passes with d_model. What was tried: products as v Hᵀ instead of H v (which a CPU does several times
+faster), differences written straight into the history and scaled in the small system instead of in memory, no data moved
+for the best iterate where all samples improve, and freed memory kept by the C library (`--return-memory` shows what that
+is worth).
 
 Measured on {where(result)}.
 """

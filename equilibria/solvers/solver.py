@@ -80,7 +80,7 @@ def store_difference(history: Tensor, slot: int, new: Tensor, old: Tensor) -> Te
 
 
 def dots(history: Tensor, v: Tensor) -> Tensor:
-    """(B, m, D), (B, D) -> (B, m): v times every row. As v Hᵀ, which a CPU does ten times faster than H v."""
+    """(B, m, D), (B, D) -> (B, m): v times every row. As v Hᵀ, which a CPU does several times faster than H v."""
     return torch.bmm(v.unsqueeze(1), history.mT).squeeze(1)
 
 
