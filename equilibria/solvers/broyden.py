@@ -105,12 +105,11 @@ class Broyden:
         s = store_difference(state.s, slot, z, state.z)
         df = store_difference(state.df, slot, fz, state.fz)
         new = s[:, slot]
-        along = dots(s[:, :used], new)
         row = dots(df[:, :used], new)  # s · (y_j + s_j) for older j
-        column = dots(s[:, :used], df[:, slot]) - along  # s_j · y: older j have no term of L here
+        column = dots(s[:, :used], df[:, slot] - new)  # s_j · y: older j have no term of L here
         core = state.core.clone()
         core[:, slot, :used] = row
         core[:, :used, slot] = column
         lengths = state.lengths.clone()
-        lengths[:, slot] = along[:, slot].detach().sqrt()
+        lengths[:, slot] = l2(new.detach())
         return BroydenState(z=z, fz=fz, g=g, s=s, df=df, core=core, lengths=lengths, age=state.age + 1)
