@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from equilibria.products import linearize
 from equilibria.solution import Status
 from equilibria.solvers.solver import Solver, State
 from equilibria.stopping import Stopping
@@ -59,11 +60,25 @@ class BudgetedMap:
         if self.known is not None:
             known, self.known = self.known, None
             return known
+        self._count()
+        return self.f(z, *self.args)
+
+    def linearize(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """f(z) and the map v -> J v, J = ∂f/∂z at z; each product counts as one evaluation, as f(z) does."""
+        self._count()
+        fz, push = linearize(lambda z: self.f(z, *self.args), z)
+
+        def product(v: Tensor) -> Tensor:
+            self._count()
+            return push(v)
+
+        return fz, product
+
+    def _count(self) -> None:
         counter: BudgetedMap | None = self
         while counter is not None:
             counter.evaluations += 1
             counter = counter._parent
-        return self.f(z, *self.args)
 
     @property
     def remaining(self) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from equilibria.products import linearize
+
 
 class Unlimited:
     """A map of flat states (B, D) with a budget that never ends."""
@@ -19,6 +21,9 @@ class Unlimited:
 
     def __call__(self, z: Tensor, /) -> Tensor:
         return self.f(z)
+
+    def linearize(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        return linearize(self.f, z)
 
 
 def iterates(solver: Any, f: Callable[[Tensor], Tensor], z0: Tensor, steps: int) -> list[Tensor]:

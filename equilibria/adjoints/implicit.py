@@ -11,6 +11,7 @@ from torch import Tensor
 
 from equilibria.adjoints.adjoint import DeclaredFunction, Forward, Function, stats_of
 from equilibria.iterate import Solved
+from equilibria.products import linearize
 from equilibria.solution import NonFiniteError, Stats
 from equilibria.solvers import GMRES, Solver
 from equilibria.solvers.solver import check_choice
@@ -111,7 +112,7 @@ class _FixedPoint(torch.autograd.Function):
         def of_args(*values: Tensor) -> Tensor:
             return ctx.f(z, *_with(args, places, values))
 
-        push = _push(of_args, [args[i] for i in places], [t for _, t in moved])
+        push = linearize(of_args, *(args[i] for i in places))[1](*(t for _, t in moved))
         tangent = _solve(ctx.adjoint, _PushMap(ctx.f), push, z, *args)
         return (tangent, None, None, None, None, None)
 
@@ -212,7 +213,7 @@ class _PushMap(_Derived):
 
     def __call__(self, u: Tensor, *tensors: Tensor) -> Tensor:
         t, z, *args = tensors
-        return t + _push(lambda z: self.f(z, *args), [z], [u])
+        return t + linearize(lambda z: self.f(z, *args), z)[1](u)
 
 
 class _Batched(_Derived):
@@ -225,13 +226,6 @@ class _Batched(_Derived):
     def __call__(self, u: Tensor, *tensors: Tensor) -> Tensor:
         many = torch.vmap(self.f, in_dims=(0, *self.in_dims))
         return many(u.unflatten(0, (self.size, -1)), *tensors).flatten(0, 1)
-
-
-def _push(f: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
-    """J t by two reverse passes (the pullback is linear, and its own pullback is J), since forward modes do not nest."""
-    output, pullback, *_ = torch.func.vjp(f, *primals)
-    push = torch.func.vjp(pullback, torch.zeros_like(output))[1]
-    return push(tuple(tangents))[0]
 
 
 def _with(args: Sequence[Tensor], places: Sequence[int], values: Sequence[Tensor]) -> list[Tensor]:

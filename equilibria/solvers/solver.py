@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, Self, TypeVar
 
@@ -21,6 +21,10 @@ class Map(Protocol):
     @property
     def remaining(self) -> int:
         """Calls left. `step` is called only with at least one left, and must not use more than are left."""
+        ...
+
+    def linearize(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """f(z), and v (B, D) -> J v with J = ∂f/∂z at z. f(z) and each product count as one call."""
         ...
 
 
