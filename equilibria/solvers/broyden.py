@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from equilibria.solvers.line_search import backtrack
 from equilibria.solvers.solver import Map, State, check_count, combine, difference, dots, solve_scaled, store_difference
 from equilibria.stopping import l2
 
@@ -71,33 +72,7 @@ class Broyden:
             rhs = dots(state.s[:, :used], state.g)
             gamma = solve_scaled(state.core[:, :used, :used], rhs, state.lengths[:, :used])
             target = combine(target, gamma, state.df[:, :used])
-        z = target.to(state.z.dtype)
-        fz = f(z)
-        g = difference(fz, z)
-        if self.line_search:
-            z, fz, g = self._backtrack(f, state, target, z, fz, g)
-        return self._remember(state, z, fz, g)
-
-    def _backtrack(
-        self, f: Map, state: BroydenState, target: Tensor, z: Tensor, fz: Tensor, g: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Shorten the step of each sample until ‖g‖² <= (1 - 2·10⁻⁴ α) ‖g₀‖² (-2 ‖g₀‖² is the slope)."""
-        before = l2(state.g).square()
-        start = state.z.to(g.dtype)
-        alpha = torch.ones_like(before)
-        for _ in range(self.line_search):
-            after = l2(g).square()
-            short = ~(after <= (1.0 - 2e-4 * alpha) * before)  # true for NaN too
-            if f.remaining <= 0 or not bool(short.any()):
-                break
-            # Minimum of the parabola through both values and the slope, kept within [0.1, 0.5] of the last try.
-            factor = (alpha * before / (after - before + 2 * alpha * before)).nan_to_num(0.1).clamp(0.1, 0.5)
-            alpha = torch.where(short, alpha * factor, alpha)
-            tried = (start + alpha.unsqueeze(1) * (target - start)).to(state.z.dtype)
-            z = torch.where(short.unsqueeze(1), tried, z)
-            fz = f(z)
-            g = difference(fz, z)
-        return z, fz, g
+        return self._remember(state, *backtrack(f, state, target, self.line_search))
 
     def _remember(self, state: BroydenState, z: Tensor, fz: Tensor, g: Tensor) -> BroydenState:
         slot = state.age % self.history
