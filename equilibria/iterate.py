@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -94,25 +94,66 @@ class BudgetedMap:
         return smaller
 
 
-def iterate(solver: Solver[Any], f: BudgetedMap, z0: Tensor, stopping: Stopping) -> Solved:
+Watch = Callable[[State, Tensor, Tensor], None]
+"""Told after the start and after every step: the state of the solver, which samples (B,) have there their best iterate, and
+which (B,) still run."""
+
+
+def iterate(solver: Solver[Any], f: BudgetedMap, z0: Tensor, stopping: Stopping, watch: Watch | None = None) -> Solved:
     """Step until every sample has converged, failed or run out of budget.
 
     A sample is frozen when ‖f(z) - z‖ <= atol + rtol ‖f(z)‖: what is returned for it is that z, whatever its neighbours
     need. Once no more than half of the samples are left, they are solved in a batch of their own, if it is known which args
-    carry the batch.
+    carry the batch; with a `watch`, the batch stays whole.
     """
-    state = solver.init(f, z0)
-    record = _Record.start(state, stopping)
-    trace = [record.residual]
-    _run(solver, f, state, record, stopping, trace, 0)
-    status = torch.where(record.running, int(Status.EXHAUSTED), record.status)
-    relative = ratio(record.residual, record.scale)
-    rows = torch.stack(trace) if stopping.trace else record.residual.new_zeros(0, len(record.residual))
-    return Solved(record.z, record.residual, relative, record.steps, status, rows)
+    loop = Loop(solver, stopping, watch)
+    state, record = loop.start(f, z0)
+    loop.run(f, state, record, 0)
+    return record.solved(stopping)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A solver on its way: `start`, then `advance` step by step, or `run` to the end."""
+
+    solver: Solver[Any]
+    stopping: Stopping
+    watch: Watch | None = None
+
+    def start(self, f: BudgetedMap, z0: Tensor) -> tuple[State, Record]:
+        state = self.solver.init(f, z0)
+        record = Record.start(state, self.stopping)
+        if self.watch is not None:
+            self.watch(state, torch.ones_like(record.running), record.running)
+        return state, record
+
+    def advance(self, f: BudgetedMap, state: State, record: Record) -> State:
+        """One step; what it found goes into `record`."""
+        state = self.solver.step(f, state)
+        better = record.update(state, self.stopping)
+        if self.watch is not None:
+            self.watch(state, better, record.running)
+        return state
+
+    def run(self, f: BudgetedMap, state: State, record: Record, step: int) -> None:
+        """Step until done, looking every `check_every` steps at which samples still run."""
+        while f.remaining > 0:
+            if step % self.stopping.check_every == 0:
+                left = int(record.running.sum())
+                if left == 0:
+                    return
+                if 2 * left <= len(record.status) and f.batch_dims is not None and self.watch is None:
+                    rows = record.running.nonzero().squeeze(1)
+                    part = record.take(rows)
+                    self.run(f.rows(rows), state.take(rows), part, step)
+                    record.put(rows, part)
+                    return
+            state = self.advance(f, state, record)
+            step += 1
 
 
 @dataclass
-class _Record:
+class Record:
     """The best of each sample so far, and which samples still run."""
 
     z: Tensor
@@ -121,23 +162,26 @@ class _Record:
     steps: Tensor
     status: Tensor
     running: Tensor
+    trace: list[Tensor]
+    """(B,) residuals at the start and after every step."""
 
     @staticmethod
-    def start(state: State, stopping: Stopping) -> _Record:
+    def start(state: State, stopping: Stopping) -> Record:
         residual, scale = _measure(state, stopping)
         steps = torch.zeros_like(residual, dtype=torch.int64)
         running = torch.ones_like(residual, dtype=torch.bool)
-        record = _Record(state.z, residual, scale, steps, steps.to(torch.int8), running)
+        record = Record(state.z, residual, scale, steps, steps.to(torch.int8), running, [residual])
         finite = residual < float("inf")
         record._settle(finite, finite & (residual <= stopping.tolerance(scale)))
         return record
 
     def update(self, state: State, stopping: Stopping) -> Tensor:
-        """Take in one step of every sample, except those that are frozen. Returns the residuals (B,) for the trace."""
+        """Take in one step of every sample, except those that are frozen. Returns whose best iterate (B,) it is."""
         residual, scale = _measure(state, stopping)
         finite = residual < float("inf")
         converged = finite & (residual <= stopping.tolerance(scale))
         better = self.running & (converged | (residual < self.residual))
+        self.trace.append(torch.where(self.running, residual, self.residual) if stopping.trace else residual)
         if _known(better.all()):  # the usual case moves no data
             self.z, self.residual, self.scale = state.z, residual, scale
         elif not _known(~better.any()):
@@ -145,9 +189,8 @@ class _Record:
             self.residual = torch.where(better, residual, self.residual)
             self.scale = torch.where(better, scale, self.scale)
         self.steps = self.steps + self.running
-        trace = torch.where(self.running, residual, self.residual) if stopping.trace else residual
         self._settle(finite, converged)
-        return trace
+        return better
 
     def _settle(self, finite: Tensor, converged: Tensor) -> None:
         """Freeze the running samples that converged or failed."""
@@ -158,17 +201,27 @@ class _Record:
         self.status = torch.where(settled, status, self.status)
         self.running = self.running & ~settled
 
-    def take(self, rows: Tensor) -> _Record:
-        return _Record(*(value.index_select(0, rows) for value in vars(self).values()))
+    def copy(self) -> Record:
+        return replace(self, trace=list(self.trace))
 
-    def put(self, rows: Tensor, part: _Record) -> None:
-        for name, value in vars(part).items():
+    def take(self, rows: Tensor) -> Record:
+        """The record of some samples alone, with an empty trace."""
+        return Record(*(value.index_select(0, rows) for value in self._tensors().values()), [])
+
+    def put(self, rows: Tensor, part: Record) -> None:
+        """Take in the record of some samples, and what it traced, as more steps of all."""
+        self.trace += [self.residual.index_copy(0, rows, residual) for residual in part.trace]
+        for name, value in part._tensors().items():
             setattr(self, name, getattr(self, name).index_copy(0, rows, value))
 
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if name != "trace"}
 
-def _known(condition: Tensor) -> bool:
-    """Whether a condition is known to hold: a CPU answers faster than it moves data, an accelerator would have to wait."""
-    return condition.device.type == "cpu" and bool(condition)
+    def solved(self, stopping: Stopping) -> Solved:
+        status = torch.where(self.running, int(Status.EXHAUSTED), self.status)
+        relative = ratio(self.residual, self.scale)
+        trace = torch.stack(self.trace) if stopping.trace else self.residual.new_zeros(0, len(self.residual))
+        return Solved(self.z, self.residual, relative, self.steps, status, trace)
 
 
 def ratio(residual: Tensor, scale: Tensor) -> Tensor:
@@ -176,33 +229,11 @@ def ratio(residual: Tensor, scale: Tensor) -> Tensor:
     return torch.where(residual == 0, residual, residual / scale)
 
 
+def _known(condition: Tensor) -> bool:
+    """Whether a condition is known to hold: a CPU answers faster than it moves data, an accelerator would have to wait."""
+    return condition.device.type == "cpu" and bool(condition)
+
+
 def _measure(state: State, stopping: Stopping) -> tuple[Tensor, Tensor]:
     """(‖f(z) - z‖, ‖f(z)‖) of every sample."""
     return stopping.norm(state.g.detach()), stopping.norm(state.fz.detach())
-
-
-def _run(
-    solver: Solver[Any],
-    f: BudgetedMap,
-    state: State,
-    record: _Record,
-    stopping: Stopping,
-    trace: list[Tensor],
-    step: int,
-) -> None:
-    """Step `state` until done; results go into `record`, residuals after each step into `trace`."""
-    while f.remaining > 0:
-        if step % stopping.check_every == 0:
-            left = int(record.running.sum())
-            if left == 0:
-                return
-            if 2 * left <= len(record.status) and f.batch_dims is not None:
-                rows = record.running.nonzero().squeeze(1)
-                part, part_trace = record.take(rows), []
-                _run(solver, f.rows(rows), state.take(rows), part, stopping, part_trace, step)
-                trace += [record.residual.index_copy(0, rows, residual) for residual in part_trace]
-                record.put(rows, part)
-                return
-        state = solver.step(f, state)
-        trace.append(record.update(state, stopping))
-        step += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -40,6 +40,9 @@ class Stats:
     trace: Tensor | None = None
     """(1 + steps, B), with `Stopping(trace=True)`: residuals at the start and after every step. A frozen sample repeats
     its last."""
+    backward: list[Stats] = field(default_factory=list)
+    """Statistics of the linear solves that derivatives of this solution needed, one for each backward pass through it;
+    filled when they run. Inside a torch.func transform with a hidden batch nothing is added."""
 
     @property
     def converged(self) -> Tensor:
