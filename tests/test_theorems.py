@@ -50,11 +50,11 @@ class TestRates:
             first, last, slack = 60, 90, 1e-4
         else:
             args = (0.9 * torch.eye(3).double() + 0.05 * torch.diag(torch.ones(2), 1), torch.zeros(1, 3).double())
-            f, first, last, slack = affine_map, 3000, 3100, 1e-3
+            f, first, last, slack = affine_map, 1200, 1250, 2e-3
         z0 = torch.ones_like(args[1])
         stopping = Stopping(rtol=0, atol=1e-300, max_evals=last + 1, trace=True)
         trace = fixed_point(f, z0, *args, solver=Picard(damping=damping), stopping=stopping).stats.trace
-        exact = fixed_point(f, z0, *args, solver=Anderson(), stopping=Stopping(rtol=1e-14, max_evals=200)).z
+        exact = fixed_point(f, z0, *args, solver=Anderson(), stopping=Stopping(rtol=1e-14, atol=0, max_evals=200)).z
         assert trace is not None
         J = jacobian(f, exact, *args)[0]
         radius = float(torch.linalg.eigvals((1 - damping) * torch.eye(len(J)) + damping * J).abs().max())
@@ -67,7 +67,7 @@ class TestRates:
         L = 0.9
         W, x = L * orthogonal(6), normal(1, 4, 6)
         per_step = (1 - solver.damping) + solver.damping * L
-        exact = fixed_point(tanh_map, 0 * x, W, x, stopping=Stopping(rtol=1e-14, max_evals=300)).z
+        exact = fixed_point(tanh_map, 0 * x, W, x, stopping=Stopping(rtol=1e-14, atol=0, max_evals=300)).z
         for budget in (2, 5, 9):
             stopping = Stopping(rtol=0, max_evals=budget, norm=l2, trace=True)
             z, stats = fixed_point(tanh_map, 0 * x, W, x, solver=solver, stopping=stopping)
@@ -104,9 +104,7 @@ class TestFiniteTermination:
     is done when that space is: GMRES in p steps, full Anderson in p + 2 evaluations, Broyden in 2p steps (O'Leary 1995)."""
 
     @pytest.mark.parametrize("eigenvalues", [(0.5,), (-2.0, 0.5), (0.9, -0.9, 3.0), (0.2, -1.5, 0.99, 5.0)])
-    @pytest.mark.parametrize(
-        "solver", [GMRES(), Anderson(history=8), Broyden(history=10)], ids=["gmres", "anderson", "broyden"]
-    )
+    @pytest.mark.parametrize("solver", [GMRES(), Anderson(history=8), Broyden()], ids=["gmres", "anderson", "broyden"])
     def test_in_as_many_steps_as_there_are_eigenvalues(self, solver: Any, eigenvalues: tuple[float, ...]) -> None:
         p, d = len(eigenvalues), 60
         A = normal_matrix(torch.tensor(eigenvalues).repeat(d // p + 1)[:d])
@@ -166,7 +164,7 @@ class TestGMRES:
 
 
 class TestInvariance:
-    """The same problem in other coordinates w = M z + c, that is w ← M f(M⁻¹ (w - c)) + c, has the same iterates in them."""
+    """The same problem in other coordinates w = M z + c, where it is w ← M f(M⁻¹ (w - c)) + c, has the same iterates."""
 
     affine = (0.9 * normal(5, 6, 6) / 6**0.5, normal(6, 2, 6))
 
