@@ -1,5 +1,6 @@
 """What keeps an equilibrium easy to find while its map is trained."""
 
-from equilibria.regularizers.jacobian import jacobian_loss
+from equilibria.regularizers.correction import Recording, fixed_point_correction
+from equilibria.regularizers.jacobian import JacobianSchedule, jacobian_loss
 
-__all__ = ["jacobian_loss"]
+__all__ = ["JacobianSchedule", "Recording", "fixed_point_correction", "jacobian_loss"]
