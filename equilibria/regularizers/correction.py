@@ -110,7 +110,7 @@ class Recording:
         declared = Declared(f, layout, args, None)
         returned = layout.pack(solution.z).detach()
         stats = solution.stats
-        last = stats.steps - (stats.status == Status.NONFINITE)  # step at which f(z) was finite and z not frozen
+        last = stats.steps - (stats.status == Status.NONFINITE).long()  # step at which f(z) was finite and z not frozen
         states = []
         for k in self.at:
             z = torch.where((last >= k).unsqueeze(1), self._kept.get(k, returned), returned)
