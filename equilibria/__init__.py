@@ -18,7 +18,7 @@ from equilibria.solution import (
     UndeclaredTensorError,
     UserError,
 )
-from equilibria.solvers import GMRES, Anderson, Broyden, Picard
+from equilibria.solvers import GMRES, Anderson, Broyden, NewtonKrylov, Picard
 from equilibria.stopping import Stopping
 
 __version__ = "0.1.0"
@@ -30,6 +30,7 @@ __all__ = [
     "Broyden",
     "EquilibriaError",
     "Implicit",
+    "NewtonKrylov",
     "NonFiniteError",
     "Phantom",
     "Picard",

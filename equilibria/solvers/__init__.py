@@ -3,7 +3,8 @@
 from equilibria.solvers.anderson import Anderson
 from equilibria.solvers.broyden import Broyden
 from equilibria.solvers.gmres import GMRES
+from equilibria.solvers.newton_krylov import NewtonKrylov
 from equilibria.solvers.picard import Picard
 from equilibria.solvers.solver import Map, Solver, State
 
-__all__ = ["GMRES", "Anderson", "Broyden", "Map", "Picard", "Solver", "State"]
+__all__ = ["GMRES", "Anderson", "Broyden", "Map", "NewtonKrylov", "Picard", "Solver", "State"]

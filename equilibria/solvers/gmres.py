@@ -55,11 +55,7 @@ class GMRES:
     def _cycle(self, f: Map, z: Tensor) -> GMRESState:
         fz = f(z)
         g = difference(fz, z)
-        batch, width = g.shape
-        beta = l2(g).unsqueeze(1)
-        basis = g.new_zeros(batch, self.restart + 1, width)
-        basis[:, 0] = g * torch.where(beta > 0, beta.reciprocal(), 0.0)
-        hessenberg = g.new_zeros(batch, self.restart + 1, self.restart)
+        beta, basis, hessenberg = krylov_space(g, self.restart)
         return GMRESState(
             z=z, fz=fz, g=g, origin=z, f_origin=fz, beta=beta, basis=basis, hessenberg=hessenberg, size=0
         )  # fmt: skip
@@ -73,14 +69,8 @@ class GMRES:
         moved = f((origin + state.beta * v).to(state.z.dtype))
         inverse_beta = torch.where(state.beta > 0, state.beta.reciprocal(), 0.0)
         w = v - (moved - state.f_origin).to(dtype) * inverse_beta  # (I - A) v
-        column, w = _orthogonalise(state.basis[:, : k + 1], w)
-        norm = l2(w).unsqueeze(1)
-        basis = state.basis.clone() if recorded(state.basis, w) else state.basis
-        basis[:, k + 1] = w * torch.where(norm > 0, norm.reciprocal(), 0.0)
-        hessenberg = state.hessenberg.clone()
-        hessenberg[:, : k + 1, k] = column
-        hessenberg[:, k + 1, k : k + 1] = norm
-        y, rest = _least_squares(hessenberg[:, : k + 2, : k + 1])
+        basis, hessenberg = arnoldi(state.basis, state.hessenberg, k, w)
+        y, rest = least_squares(hessenberg[:, : k + 2, : k + 1])
         weights = torch.stack((torch.nn.functional.pad(y, (0, 1)), rest), dim=1) * state.beta.unsqueeze(2)  # (B, 2, k+2)
         step, g = torch.bmm(weights, basis[:, : k + 2]).unbind(1)
         z = (origin + step).to(state.z.dtype)
@@ -89,6 +79,33 @@ class GMRES:
             z=z, fz=fz, g=g, origin=state.origin, f_origin=state.f_origin, beta=state.beta,
             basis=basis, hessenberg=hessenberg, size=k + 1,
         )  # fmt: skip
+
+
+def krylov_space(r: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(‖r‖₂, basis, Hessenberg matrix) of the Krylov space of r (B, D), at its first vector, with room for `most` more.
+
+    The room is not touched before it is needed: a system has no memory resident for what it does not use.
+    """
+    batch, width = r.shape
+    beta = l2(r).unsqueeze(1)
+    basis = r.new_empty(batch, most + 1, width)
+    basis[:, 0] = r * torch.where(beta > 0, beta.reciprocal(), 0.0)
+    return beta, basis, r.new_zeros(batch, most + 1, most)
+
+
+def arnoldi(basis: Tensor, hessenberg: Tensor, k: int, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Arnoldi's step: both with one vector more, where w (B, D) is the operator applied to vector k of the basis.
+
+    The vector is 0 where the space cannot grow, since it holds the solution already.
+    """
+    column, w = _orthogonalise(basis[:, : k + 1], w)
+    norm = l2(w).unsqueeze(1)
+    basis = basis.clone() if recorded(basis, w) else basis
+    basis[:, k + 1] = w * torch.where(norm > 0, norm.reciprocal(), 0.0)
+    hessenberg = hessenberg.clone()
+    hessenberg[:, : k + 1, k] = column
+    hessenberg[:, k + 1, k : k + 1] = norm
+    return basis, hessenberg
 
 
 def _orthogonalise(basis: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +124,7 @@ def _orthogonalise(basis: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return column, w
 
 
-def _least_squares(hessenberg: Tensor) -> tuple[Tensor, Tensor]:
+def least_squares(hessenberg: Tensor) -> tuple[Tensor, Tensor]:
     """(y, e₁ - H y) with y = argmin ‖e₁ - H y‖, for H (B, k+1, k)."""
     q, r = torch.linalg.qr(hessenberg)
     rhs = q[:, 0, :].unsqueeze(2)  # Qᵀ e₁
