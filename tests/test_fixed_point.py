@@ -17,6 +17,7 @@ from equilibria import (
     Anderson,
     Broyden,
     Implicit,
+    NewtonKrylov,
     NonFiniteError,
     Phantom,
     Picard,
@@ -248,7 +249,9 @@ class TestMisuse:
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
             fixed_point(tanh_map, Z0, W, X, **options)
 
-    @pytest.mark.parametrize("kind", [Picard, Anderson, Broyden, GMRES, Stopping, Implicit, Phantom, Unrolled])
+    @pytest.mark.parametrize(
+        "kind", [Picard, Anderson, Broyden, NewtonKrylov, GMRES, Stopping, Implicit, Phantom, Unrolled]
+    )
     def test_nor_by_anything_it_takes(self, kind: Any) -> None:
         with pytest.raises(TypeError, match="unexpected keyword argument 'tol'"):
             kind(tol=1e-3)
@@ -265,6 +268,9 @@ class TestMisuse:
             (lambda: Anderson(ridge=-1.0), r"Anderson\(ridge=-1.0\): ridge must be >= 0, or None"),
             (lambda: Broyden(history=2.0), r"Broyden\(history=2.0\): history must be an integer >= 1"),  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
             (lambda: Broyden(line_search=-1), r"Broyden\(line_search=-1\): line_search must be an integer >= 0"),
+            (lambda: NewtonKrylov(max_krylov=0), r"NewtonKrylov\(max_krylov=0\): max_krylov must be an integer >= 1"),
+            (lambda: NewtonKrylov(forcing=1.0), r"NewtonKrylov\(forcing=1.0\): forcing must lie in \[0, 1\), or be None"),
+            (lambda: NewtonKrylov(line_search=-1), r"NewtonKrylov\(line_search=-1\): line_search must be an integer >= 0"),
             (lambda: GMRES(restart=0), r"GMRES\(restart=0\): restart must be an integer >= 1"),
         ],
     )
@@ -340,6 +346,7 @@ class TestPublicNames:
             assert hasattr(equilibria, name), name
         assert {
             "fixed_point", "Solution", "Stats", "Status", "Stopping", "Picard", "Anderson", "Broyden", "GMRES",
+            "NewtonKrylov",
             "Implicit", "Phantom", "Unrolled", "DEQ", "NonFiniteError", "UndeclaredTensorError", "RandomMapError",
         } <= set(equilibria.__all__)  # fmt: skip
 

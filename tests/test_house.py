@@ -107,7 +107,20 @@ def test_examples_run(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["fixed_point", "Stopping", "Picard", "Anderson", "Broyden", "GMRES", "Implicit", "Phantom", "Unrolled", "DEQ"]
+    "name",
+    [
+        "fixed_point",
+        "Stopping",
+        "Picard",
+        "Anderson",
+        "Broyden",
+        "NewtonKrylov",
+        "GMRES",
+        "Implicit",
+        "Phantom",
+        "Unrolled",
+        "DEQ",
+    ],
 )
 def test_public_things_show_an_example(name: str) -> None:
     public = getattr(importlib.import_module("equilibria"), name)
