@@ -18,7 +18,7 @@ from equilibria.solution import (
     UndeclaredTensorError,
     UserError,
 )
-from equilibria.solvers import GMRES, Anderson, Broyden, NewtonKrylov, Picard
+from equilibria.solvers import GMRES, Anderson, Broyden, NewtonKrylov, PeacemanRachford, Picard
 from equilibria.stopping import Stopping
 
 __version__ = "0.1.0"
@@ -32,6 +32,7 @@ __all__ = [
     "Implicit",
     "NewtonKrylov",
     "NonFiniteError",
+    "PeacemanRachford",
     "Phantom",
     "Picard",
     "RandomMapError",

@@ -346,7 +346,7 @@ class TestPublicNames:
             assert hasattr(equilibria, name), name
         assert {
             "fixed_point", "Solution", "Stats", "Status", "Stopping", "Picard", "Anderson", "Broyden", "GMRES",
-            "NewtonKrylov",
+            "NewtonKrylov", "PeacemanRachford",
             "Implicit", "Phantom", "Unrolled", "DEQ", "NonFiniteError", "UndeclaredTensorError", "RandomMapError",
         } <= set(equilibria.__all__)  # fmt: skip
 

@@ -115,6 +115,7 @@ def test_examples_run(module: str) -> None:
         "Anderson",
         "Broyden",
         "NewtonKrylov",
+        "PeacemanRachford",
         "GMRES",
         "Implicit",
         "Phantom",
