@@ -16,6 +16,7 @@ from equilibria import (
     Anderson,
     Broyden,
     Implicit,
+    NewtonKrylov,
     NonFiniteError,
     Phantom,
     Picard,
@@ -33,6 +34,7 @@ SOLVERS: dict[str, Any] = {
     "anderson damped": Anderson(damping=0.7),
     "broyden": Broyden(),
     "line search": Broyden(line_search=3),
+    "newton": NewtonKrylov(),
 }
 ADJOINTS: dict[str, Any] = {"implicit": Implicit(), "phantom": Phantom(steps=2), "unrolled": Unrolled()}
 each_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
@@ -87,12 +89,26 @@ class TestNotFiniteAtCallK:
         assert torch.allclose(z[[0, 2]], clean.z[[0, 2]], rtol=1e-7, atol=1e-8)
         assert z.isfinite().all()
         assert bool(stats.residual[1].isfinite()) == (at > 0)  # the last finite iterate; at z0 there is none before
-        assert stats.evaluations == calls
+        assert stats.evaluations >= calls  # more where products with the Jacobian count
         calls = 0
         with pytest.raises(NonFiniteError, match=r"in 1 of 3 samples \(first: sample 1") as caught:
             solve(f, W, X, who, solver=solver, batch_dims=dims)
         assert caught.value.solution is not None
         assert torch.equal(caught.value.solution.z, z)
+
+    @each_solver
+    def test_the_others_do_not_pay_for_it(self, solver: Any, request: pytest.FixtureRequest) -> None:
+        if getattr(solver, "line_search", 0):
+            reason = "the line search tries to mend the failed sample at every step, on the budget of all"
+            request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+        bad = X.clone()
+        bad[1] = float("nan")
+        others, stopping = [0, 2], Stopping(rtol=1e-8, max_evals=60)
+        alone = solve(tanh_map, W, X[others], z0=Z0[others], solver=solver, stopping=stopping).stats
+        beside = solve(tanh_map, W, bad, solver=solver, stopping=stopping, raise_nonfinite=False).stats
+        assert torch.equal(beside.status[others], alone.status)
+        assert torch.equal(beside.steps[others], alone.steps)
+        assert beside.evaluations == alone.evaluations
 
 
 class Mine(Exception):
@@ -270,7 +286,7 @@ class TestInputs:
 
         stats = solve(f, solver=solver, stopping=Stopping(rtol=1e-6, max_evals=30)).stats
         assert stats.status.tolist() == [Status.EXHAUSTED] * 3
-        assert stats.evaluations == calls == 30
+        assert calls <= stats.evaluations == 30
 
     @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
     def test_an_f_that_switches_gradients_off_gets_none(self, mode: Any) -> None:

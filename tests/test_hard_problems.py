@@ -15,7 +15,7 @@ import torch
 from problems import PROBLEMS, Counted, affine_map, flat, normal, normal_matrix, orthogonal, tanh_map
 from torch import Tensor
 
-from equilibria import GMRES, Anderson, Broyden, Picard, Status, Stopping, fixed_point
+from equilibria import GMRES, Anderson, Broyden, NewtonKrylov, Picard, Status, Stopping, fixed_point
 from equilibria.stopping import Norm, l2, linf, rms
 
 SOLVERS: dict[str, Any] = {
@@ -27,13 +27,14 @@ SOLVERS: dict[str, Any] = {
     "broyden": Broyden(),
     "broyden long": Broyden(history=30),
     "line search": Broyden(line_search=5),
+    "newton": NewtonKrylov(),
     "gmres": GMRES(),
 }
 ROOT_SOLVERS = {name: solver for name, solver in SOLVERS.items() if name != "gmres"}
 each_solver = pytest.mark.parametrize("solver", SOLVERS)
 each_root_solver = pytest.mark.parametrize("solver", ROOT_SOLVERS.values(), ids=ROOT_SOLVERS)
 ALL_BUT_PICARD = set(SOLVERS) - {"picard", "picard damped"}
-LONG = {"anderson long", "gmres"}
+LONG = {"anderson long", "newton", "gmres"}
 
 
 @dataclass(frozen=True)

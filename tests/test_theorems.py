@@ -16,7 +16,7 @@ from problems import affine_map, jacobian, matmul, normal, normal_matrix, orthog
 from steps import Unlimited, iterates
 from torch import Tensor
 
-from equilibria import GMRES, Anderson, Broyden, Picard, Status, Stopping, fixed_point
+from equilibria import GMRES, Anderson, Broyden, NewtonKrylov, Picard, Status, Stopping, fixed_point
 from equilibria.stopping import l2
 
 SOLVERS: dict[str, Any] = {
@@ -26,6 +26,7 @@ SOLVERS: dict[str, Any] = {
     "anderson damped": Anderson(history=3, damping=0.6),
     "broyden": Broyden(history=3),
     "line search": Broyden(line_search=4),
+    "newton": NewtonKrylov(),
     "gmres": GMRES(restart=3),
 }
 each_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
