@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from equilibria.adjoints import Adjoint, Forward, Implicit
-from equilibria.adjoints.adjoint import stats_of
 from equilibria.declared import Declared
 from equilibria.solution import NonFiniteError, Solution
 from equilibria.solvers import Anderson, Solver
@@ -76,4 +75,4 @@ def fixed_point(
         if error.solution is not None:
             error.solution = error.solution._replace(z=layout.unpack(error.solution.z))
         raise
-    return Solution(layout.unpack(solved.z), stats_of(solved, forward.evaluations))
+    return Solution(layout.unpack(solved.z), forward.stats(solved))

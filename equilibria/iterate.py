@@ -206,7 +206,8 @@ class Record:
 
     def take(self, rows: Tensor) -> Record:
         """The record of some samples alone, with an empty trace."""
-        return Record(*(value.index_select(0, rows) for value in self._tensors().values()), [])
+        tensors = {name: value.index_select(0, rows) for name, value in self._tensors().items()}
+        return replace(self, trace=[], **tensors)
 
     def put(self, rows: Tensor, part: Record) -> None:
         """Take in the record of some samples, and what it traced, as more steps of all."""

@@ -41,7 +41,7 @@ class Stopping:
 
     rtol: float = 1e-3
     """Relative tolerance."""
-    atol: float = 1e-9
+    atol: float = 1e-12
     """Absolute tolerance, in the units of `norm`; it decides only where the fixed point is zero."""
     max_evals: int = 50
     """Budget: calls of f, those of line searches included. The call f(z0) counts."""

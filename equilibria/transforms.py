@@ -6,12 +6,14 @@ the innermost on top. Below, "this level" is the top of that stack, or plain aut
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack as one_level_down
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map_only
 
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -19,6 +21,28 @@ _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIs
 def transformed() -> bool:
     """Whether a torch.func transform is running: tensors may then hide a batch, and plain loops over them fail."""
     return _functorch.peek_interpreter_stack() is not None
+
+
+def hides_batch() -> bool:
+    """Whether torch.vmap is running, so that no Python value can be had from a tensor it batches."""
+    stack = _functorch.get_interpreter_stack() or []
+    return any(interpreter.key() == _functorch.TransformType.Vmap for interpreter in stack)
+
+
+def through_old_vmap(f: Callable[..., Any], *tensors: Tensor) -> Any:
+    """f(*tensors), where PyTorch's older vmap may have hidden a batch in the tensors: f then runs under torch.vmap.
+
+    That of `is_grads_batched`, `functional.jacobian(..., vectorize=True)` and gradcheck, of which torch.func knows nothing.
+    """
+    if not any(map(_functorch.is_legacy_batchedtensor, tensors)):
+        return f(*tensors)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    old: Any = torch
+    dims = tuple(0 if _functorch.is_legacy_batchedtensor(t) else None for t in tensors)
+    # The size passed matters only for tensors that hide no batch.
+    shown = [t if dim is None else old._remove_batch_dim(t, level, 1, 0) for t, dim in zip(tensors, dims, strict=True)]
+    return tree_map_only(Tensor, lambda t: old._add_batch_dim(t, 0, level), torch.vmap(f, in_dims=dims)(*shown))
 
 
 def differentiating() -> bool:

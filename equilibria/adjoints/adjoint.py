@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from equilibria.iterate import BudgetedMap, Solved, iterate, ratio
+from equilibria.iterate import BudgetedMap, Solved, Watch, iterate, ratio
 from equilibria.solution import NonFiniteError, Solution, Stats, Status
 from equilibria.solvers import GMRES, Solver
 from equilibria.stopping import Stopping
@@ -51,18 +51,19 @@ class Forward:
         self.affine = affine
         self.what = what
         self.evaluations = 0
+        self.backward: list[Stats] = []
 
     def probe(self, f: DeclaredFunction, z0: Tensor, args: Sequence[Tensor], *, check_grad: bool) -> Tensor:
         """f(z0), with the checks that f is deterministic and declares what it uses; it counts as an evaluation."""
         self.evaluations += 1
         return f.probe(z0, *args, check_grad=check_grad)
 
-    def __call__(self, f: Function, z0: Tensor, fz0: Tensor, args: Sequence[Tensor]) -> Solved:
+    def __call__(self, f: Function, z0: Tensor, fz0: Tensor, args: Sequence[Tensor], watch: Watch | None = None) -> Solved:
         """Solve from z0, where f(z0) is known to be fz0."""
         confirm = isinstance(self.solver, GMRES) and not self.affine
         budgeted = BudgetedMap(f, args, self.stopping.max_evals - confirm, f.dims, known=fz0)
         budgeted.evaluations = self.evaluations
-        solved = iterate(self.solver, budgeted, z0, self.stopping)
+        solved = iterate(self.solver, budgeted, z0, self.stopping, watch)
         self.evaluations = budgeted.evaluations
         # What was given may belong to the caller, and an autograd function must not return it.
         if solved.z is z0 or solved.z is fz0:
@@ -72,6 +73,18 @@ class Forward:
         if self.raise_nonfinite and bool((solved.status == Status.NONFINITE).any()):
             raise self._nonfinite(solved)
         return solved
+
+    def stats(self, solved: Solved) -> Stats:
+        """What is reported of the solve; the list `backward` in it is filled when derivatives are taken."""
+        return Stats(
+            residual=solved.residual,
+            relative=solved.relative,
+            evaluations=self.evaluations,
+            steps=solved.steps,
+            status=solved.status,
+            trace=solved.trace if solved.trace.shape[0] else None,
+            backward=self.backward,
+        )
 
     def _confirm(self, f: Function, args: Sequence[Tensor], fz0: Tensor, solved: Solved) -> Solved:
         """GMRES knows its residual by a recurrence that holds for affine maps; the residual reported is measured."""
@@ -105,19 +118,8 @@ class Forward:
         return NonFiniteError(
             f"the {self.what} became inf or NaN in {len(failed)} of {len(solved.status)} samples (first: sample "
             f"{failed[0]}; earliest at step {first}): {remedy}",
-            Solution(solved.z, stats_of(solved, self.evaluations)),
+            Solution(solved.z, self.stats(solved)),
         )
-
-
-def stats_of(solved: Solved, evaluations: int) -> Stats:
-    return Stats(
-        residual=solved.residual,
-        relative=solved.relative,
-        evaluations=evaluations,
-        steps=solved.steps,
-        status=solved.status,
-        trace=solved.trace if solved.trace.shape[0] else None,
-    )
 
 
 class Adjoint(Protocol):

@@ -26,7 +26,6 @@ from equilibria.train.loop import Trainer
 from equilibria.train.memory import keep_freed_memory
 from equilibria.train.report import shown_path
 from equilibria.train.run_folder import RunFolder, create_run, newest_run, open_run
-from equilibria.train.solves import SolveMeter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +101,8 @@ def train_model(
 ) -> Trainer:
     """Train one model in its folder, from the checkpoint there if there is one."""
     torch.manual_seed(config.seed)
-    backward = SolveMeter()
-    model = build_model(config, corpus.tokenizer.size, on_backward=backward)
-    trainer = Trainer(model, corpus, config, folder, stop=stop, backward=backward, last_step=last_step, label=label)
+    model = build_model(config, corpus.tokenizer.size)
+    trainer = Trainer(model, corpus, config, folder, stop=stop, last_step=last_step, label=label)
     folder.store_config(config)
     folder.tokenizer.mkdir(exist_ok=True)
     corpus.tokenizer.save(folder.tokenizer)

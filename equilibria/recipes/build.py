@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import assert_never
 
 from equilibria.adjoints import Adjoint, Implicit, Phantom, Unrolled
 from equilibria.data import Corpus, load_corpus
 from equilibria.models.deq_transformer import DEQTransformerLM, TransformerConfig
-from equilibria.solution import Stats, UserError
+from equilibria.solution import UserError
 from equilibria.solvers import GMRES, Anderson, Broyden, Picard, Solver
 from equilibria.stopping import Stopping
 from equilibria.train.config import DataConfig, MethodName, RunConfig, SolveConfig
@@ -33,12 +32,12 @@ def build_solver(config: SolveConfig, method: MethodName | None = None) -> Solve
             assert_never(name)
 
 
-def build_adjoint(config: SolveConfig, on_backward: Callable[[Stats], None] | None = None) -> Adjoint:
-    """How gradients pass the solve; `on_backward` is told of each backward solve, which only `implicit` has."""
+def build_adjoint(config: SolveConfig) -> Adjoint:
+    """How gradients pass the solve."""
     match config.backward:
         case "implicit":
             stopping = Stopping(rtol=config.backward_rtol, max_evals=config.backward_max_evals)
-            return Implicit(solver=GMRES(), stopping=stopping, on_backward=on_backward)
+            return Implicit(solver=GMRES(), stopping=stopping)
         case "phantom":
             return Phantom(steps=config.phantom_steps)
         case "unrolled":
@@ -66,7 +65,6 @@ def build_model(
     config: RunConfig,
     vocab_size: int,
     *,
-    on_backward: Callable[[Stats], None] | None = None,
     method: MethodName | None = None,
     trace: bool = False,
 ) -> DEQTransformerLM:
@@ -77,7 +75,7 @@ def build_model(
             TransformerConfig(vocab_size=vocab_size, **dataclasses.asdict(config.model)),
             solver=build_solver(solver, method),
             stopping=Stopping(rtol=solver.rtol, atol=solver.atol, max_evals=solver.max_evals),
-            adjoint=build_adjoint(solver, on_backward),
+            adjoint=build_adjoint(solver),
             eval_stopping=trace_stopping(solver) if trace else eval_stopping(solver),
         )
     except ValueError as error:  # a shape that makes no model

@@ -23,7 +23,6 @@ from equilibria.train.memory import PeakMemory
 from equilibria.train.progress import Progress
 from equilibria.train.run_folder import MetricsLog, RunFolder
 from equilibria.train.schedule import make_optimizer, make_schedule
-from equilibria.train.solves import SolveMeter
 from equilibria.train.state import TrainState
 from equilibria.train.window import Window
 
@@ -32,8 +31,8 @@ class Trainer:
     """Trains a language model on a corpus and keeps a run folder up to date.
 
     `model(tokens, targets, memory, depth=..., jacobian=...)` returns an output with `nll` (B, L), `memory`, `stats` and
-    `jacobian`, as `equilibria.models.DEQTransformerLM` does. `backward` is the meter that the model's adjoint reports to.
-    `last_step` stops before the schedule ends, so that a twin can be trained for as long as another run was.
+    `jacobian`, as `equilibria.models.DEQTransformerLM` does. `last_step` stops before the schedule ends, so that a twin
+    can be trained for as long as another run was.
 
     The text is read in order, B lanes side by side and L tokens at a time; the memory that one segment leaves is
     passed to the next, and begins empty at each epoch. A checkpoint is written at every validation, at the end, and
@@ -48,7 +47,6 @@ class Trainer:
         folder: RunFolder,
         *,
         stop: StopRequest,
-        backward: SolveMeter | None = None,
         last_step: int | None = None,
         label: str = "train",
     ) -> None:
@@ -72,7 +70,7 @@ class Trainer:
         self.state = TrainState()
         self.memory: Memory | None = None
         self.saved_step: int | None = None
-        self.window = Window(backward or SolveMeter())
+        self.window = Window()
         self.metrics: MetricsLog | None = None
         if folder.has_checkpoint():
             self._restore()

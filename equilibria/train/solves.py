@@ -20,7 +20,7 @@ class SolveMeans:
 
 
 class SolveMeter:
-    """Collects the `Stats` of solves; call it with one, so that it serves as `Implicit(on_backward=meter)`."""
+    """Collects the `Stats` of solves."""
 
     def __init__(self) -> None:
         self.reset()

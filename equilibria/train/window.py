@@ -11,10 +11,10 @@ from equilibria.train.solves import SolveMeter
 
 
 class Window:
-    """Loss, speed and solves of the latest steps. `backward` is the meter that the model's adjoint reports to."""
+    """Loss, speed and solves of the latest steps."""
 
-    def __init__(self, backward: SolveMeter) -> None:
-        self.forward, self.backward = SolveMeter(), backward
+    def __init__(self) -> None:
+        self.forward, self.backward = SolveMeter(), SolveMeter()
         self.clear()
 
     def clear(self) -> None:
@@ -25,11 +25,13 @@ class Window:
         self.backward.reset()
 
     def add(self, loss: float, targets: Tensor, output: LMOutput) -> None:
-        """One segment; add its time to `seconds` too."""
+        """One segment, after its backward pass; add its time to `seconds` too."""
         self.losses.append(loss)
         self.tokens += targets.numel()
         for stats in output.stats:
             self.forward(stats)
+            for solve in stats.backward:
+                self.backward(solve)
 
     def row(self) -> dict[str, float]:
         """The means, under the names they have in metrics.jsonl."""

@@ -17,7 +17,6 @@ from equilibria import (
     NonFiniteError,
     Phantom,
     Picard,
-    Stats,
     Stopping,
     Unrolled,
     fixed_point,
@@ -243,58 +242,63 @@ class TestMemory:
         assert held(Unrolled(), 16) - held(Unrolled(), 4) >= 12 * Z0.numel()  # an activation for each evaluation
 
 
-class TestOnBackward:
-    def test_receives_the_statistics_of_each_backward_solve(self) -> None:
+class TestBackwardStatistics:
+    """The statistics of a solution tell of the backward solves too, once they have run."""
+
+    def test_one_for_each_backward_pass(self) -> None:
         W, x = inputs()
-        seen: list[Stats] = []
         stopping = Stopping(rtol=1e-6, max_evals=40, trace=True)
-        z = solve(W, x, Implicit(stopping=stopping, on_backward=seen.append))
-        assert not seen
+        z, stats = fixed_point(tanh_map, Z0, W, x, stopping=TIGHT, adjoint=Implicit(stopping=stopping))
+        assert stats.backward == []
         z.sum().backward(retain_graph=True)
         z.square().sum().backward()
-        assert len(seen) == 2
-        for stats in seen:
-            assert stats.converged.all()
-            assert (stats.relative <= 1.01e-6).all()
-            assert 1 <= stats.evaluations <= 40
-            assert stats.residual.shape == stats.steps.shape == (3,)
-            assert stats.trace is not None
-            assert torch.equal(stats.trace[-1], stats.residual)
+        assert len(stats.backward) == 2
+        for backward in stats.backward:
+            assert backward.converged.all()
+            assert (backward.relative <= 1.01e-6).all()
+            assert 1 <= backward.evaluations <= 40
+            assert backward.residual.shape == backward.steps.shape == (3,)
+            assert backward.trace is not None
+            assert torch.equal(backward.trace[-1], backward.residual)
 
-    def test_counts_the_products_with_the_jacobian(self) -> None:
+    def test_count_the_products_with_the_jacobian(self) -> None:
         """At u = 0 the map is known, so that the count starts there: Picard takes u through rate^n."""
-        seen: list[Stats] = []
         rates = torch.full((1, 3), 0.5).double()
         b = torch.ones(1, 3).double().requires_grad_()
-        adjoint = Implicit(solver=Picard(), stopping=Stopping(rtol=0, atol=1e-3, max_evals=100), on_backward=seen.append)
-        fixed_point(diagonal_map, 0 * rates, rates, b, stopping=TIGHT, adjoint=adjoint).z.sum().backward()
+        adjoint = Implicit(solver=Picard(), stopping=Stopping(rtol=0, atol=1e-3, max_evals=100))
+        z, stats = fixed_point(diagonal_map, 0 * rates, rates, b, stopping=TIGHT, adjoint=adjoint)
+        z.sum().backward()
         # The residual after n steps is 0.5^n: 10 steps to 1e-3.
-        assert seen[0].steps.tolist() == [10]
-        assert seen[0].evaluations == 10
+        assert stats.backward[0].steps.tolist() == [10]
+        assert stats.backward[0].evaluations == 10
 
-    def test_says_when_the_budget_was_too_small(self) -> None:
+    def test_say_when_the_budget_was_too_small(self) -> None:
         W, x = inputs()
-        seen: list[Stats] = []
-        solve(W, x, Implicit(stopping=Stopping(rtol=1e-12, max_evals=2), on_backward=seen.append)).sum().backward()
-        assert seen[0].evaluations == 2
-        assert not seen[0].converged.any()
+        z, stats = fixed_point(
+            tanh_map, Z0, W, x, stopping=TIGHT, adjoint=Implicit(stopping=Stopping(rtol=1e-12, max_evals=2))
+        )
+        z.sum().backward()
+        assert stats.backward[0].evaluations == 2
+        assert not stats.backward[0].converged.any()
 
-    def test_is_called_with_create_graph_too(self) -> None:
+    def test_with_create_graph_too(self) -> None:
+        """A second derivative passes through both solves: it adds to the statistics of either."""
         W, x = inputs()
-        seen: list[Stats] = []
-        z = solve(W, x, Implicit(stopping=TIGHT, on_backward=seen.append))
+        z, stats = fixed_point(tanh_map, Z0, W, x, stopping=TIGHT, adjoint=IMPLICIT)
         (first,) = torch.autograd.grad(z.square().sum(), W, create_graph=True)
-        assert len(seen) == 1
-        assert seen[0].converged.all()
+        assert len(stats.backward) == 1
+        assert stats.backward[0].converged.all()
+        assert stats.backward[0].backward == []
         first.square().sum().backward()
-        assert len(seen) > 1
-        assert all(stats.converged.all() for stats in seen)
+        assert len(stats.backward) == 2
+        assert len(stats.backward[0].backward) == 1
+        assert stats.backward[1].converged.all()
+        assert stats.backward[0].backward[0].converged.all()
 
-    def test_is_not_called_where_there_is_nothing_to_solve(self) -> None:
-        seen: list[Stats] = []
+    def test_empty_where_there_is_nothing_to_solve(self) -> None:
         W, x = inputs()
-        solve(W.detach(), x.detach(), Implicit(on_backward=seen.append))
-        assert not seen
+        stats = fixed_point(tanh_map, Z0, W.detach(), x.detach()).stats
+        assert stats.backward == []
 
 
 class TestNotFinite:
@@ -318,7 +322,6 @@ class TestNotFinite:
         ({"solver": "gmres"}, r"solver='gmres' is no solver; give an object such as GMRES\(\)"),
         ({"solver": Anderson}, r"solver=<class .*> is no solver"),
         ({"stopping": 1e-3}, r"stopping=0.001 is no stopping; give an object such as Stopping\(rtol=1e-4\)"),
-        ({"on_backward": 3}, r"Implicit\(on_backward=3\): on_backward must be a function of Stats, or None"),
         ({"tol": 1e-3}, "unexpected keyword argument 'tol'"),
     ],
 )
@@ -331,15 +334,14 @@ class TestLowPrecision:
     def test_bfloat16_state(self) -> None:
         """Solved and differentiated in bfloat16, with norms in float32, against float64 on the same rounded numbers."""
         W, x = (value.detach().bfloat16().requires_grad_() for value in inputs())
-        seen: list[Stats] = []
-        adjoint = Implicit(stopping=Stopping(rtol=1e-2), on_backward=seen.append)
+        adjoint = Implicit(stopping=Stopping(rtol=1e-2))
         z, stats = fixed_point(tanh_map, Z0.bfloat16(), W, x, stopping=Stopping(rtol=2e-2), adjoint=adjoint)
         assert z.dtype == torch.bfloat16
         assert stats.residual.dtype == torch.float32
         assert stats.converged.all()
         assert torch.allclose(stats.residual, rms(residual_of(tanh_map, z, W, x)), rtol=1e-5)
         low = torch.autograd.grad(z.sum(), (W, x))
-        assert seen[0].residual.dtype == torch.float32
+        assert stats.backward[0].residual.dtype == torch.float32
         exact = (W.detach().double().requires_grad_(), x.detach().double().requires_grad_())
         high = torch.autograd.grad(solve(*exact).sum(), exact)
         for mine, theirs in zip(low, high, strict=True):

@@ -268,18 +268,51 @@ def test_a_module_under_functional_call() -> None:
     assert torch.allclose(torch.func.hessian(loss)(W), torch.func.hessian(total)(W), rtol=1e-8, atol=1e-9)
 
 
-def test_backward_statistics_stay_out_of_transforms() -> None:
-    """Inside a transform they would hold tensors that must not escape it; outside, they are numbers."""
+def test_backward_statistics_of_a_transform_are_plain_numbers() -> None:
+    """Where a transform hides a batch there are none: they would hold tensors that must not escape it."""
     seen: list[Stats] = []
-    adjoint = Implicit(on_backward=seen.append)
 
     def loss(W: Tensor) -> Tensor:
-        return fixed_point(tanh_map, torch.zeros_like(X), W, X, adjoint=adjoint).z.sum()
+        z, stats = fixed_point(tanh_map, torch.zeros_like(X), W, X, adjoint=IMPLICIT)
+        seen.append(stats)
+        return z.sum()
 
     torch.func.grad(loss)(W)
-    torch.func.jacrev(loss)(W)
-    assert not seen
+    assert len(seen[0].backward) == 1
+    assert float(seen[0].backward[0].residual.max()) < 1e-12
+    torch.vmap(torch.func.grad(loss))(W.expand(2, 3, 3))
+    assert seen[1].backward == []
     leaf = W.clone().requires_grad_()
     loss(leaf).backward()
-    assert len(seen) == 1
-    assert float(seen[0].residual.max()) >= 0
+    assert len(seen[2].backward) == 1
+
+
+class TestOlderVmap:
+    """`is_grads_batched` and what is built on it hide a batch in a way that torch.func does not know."""
+
+    w = normal(4, 5, 2, 3)
+
+    @pytest.mark.parametrize("create_graph", [False, True])
+    def test_batched_gradients_equal_a_loop(self, create_graph: bool) -> None:
+        leaf, x = W.clone().requires_grad_(), X.clone().requires_grad_()
+        z = solve(leaf, x)
+        found = torch.autograd.grad(
+            z, (leaf, x), self.w, is_grads_batched=True, retain_graph=True, create_graph=create_graph
+        )
+        for i, w in enumerate(self.w):
+            for many, one in zip(found, torch.autograd.grad(z, (leaf, x), w, retain_graph=True), strict=True):
+                assert torch.allclose(many[i], one, rtol=1e-10, atol=1e-12)
+        assert found[0].requires_grad == create_graph
+
+    def test_functional_jacobian_and_hessian(self) -> None:
+        jacobian = torch.autograd.functional.jacobian(lambda W: solve(W, X), W, vectorize=True)
+        assert torch.allclose(jacobian, torch.func.jacrev(solve)(W, X), rtol=1e-10, atol=1e-12)
+        hessian = torch.autograd.functional.hessian(total, W, vectorize=True)
+        assert torch.allclose(hessian, torch.func.hessian(total)(W), rtol=1e-9, atol=1e-10)
+
+    def test_gradcheck(self) -> None:
+        leaf, x = W.clone().requires_grad_(), X.clone().requires_grad_()
+        assert torch.autograd.gradcheck(
+            solve, (leaf, x), check_batched_grad=True, check_forward_ad=True, check_batched_forward_grad=True
+        )
+        assert torch.autograd.gradgradcheck(solve, (leaf, x), check_batched_grad=True)

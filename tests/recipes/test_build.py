@@ -16,7 +16,7 @@ from equilibria.recipes.build import (
     eval_stopping,
     trace_stopping,
 )
-from equilibria.solution import Stats, UserError
+from equilibria.solution import UserError
 from equilibria.solvers import Anderson, Broyden, Picard
 from equilibria.train.config import DataConfig, ModelConfig, RunConfig, SolveConfig
 
@@ -49,11 +49,9 @@ def test_strings_become_solvers():
 
 
 def test_strings_become_adjoints():
-    def hear(stats: Stats) -> None: ...
-
-    adjoint = build_adjoint(SolveConfig(backward_rtol=0.1, backward_max_evals=7), hear)
+    adjoint = build_adjoint(SolveConfig(backward_rtol=0.1, backward_max_evals=7))
     assert isinstance(adjoint, Implicit)
-    assert (adjoint.stopping.rtol, adjoint.stopping.max_evals, adjoint.on_backward) == (0.1, 7, hear)
+    assert (adjoint.stopping.rtol, adjoint.stopping.max_evals) == (0.1, 7)
     assert build_adjoint(SolveConfig(backward="phantom", phantom_steps=3)) == Phantom(steps=3)
     assert build_adjoint(SolveConfig(backward="unrolled")) == Unrolled()
 
@@ -69,13 +67,12 @@ def test_evaluation_has_its_own_budget_if_given():
 @pytest.mark.parametrize("method", ["anderson", "broyden", "picard"])
 def test_every_combination_trains(method: str, backward: str):
     solver = dataclasses.replace(TINY.solver, method=method, backward=backward, max_evals=6)
-    backward_solves: list[Stats] = []
-    model = build_model(dataclasses.replace(TINY, solver=solver), 20, on_backward=backward_solves.append)
+    model = build_model(dataclasses.replace(TINY, solver=solver), 20)
     tokens = torch.arange(10).view(2, 5)
     output = model(tokens, tokens + 1)
     output.nll.mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    assert len(backward_solves) == (backward == "implicit")
+    assert len(output.stats[0].backward) == (backward == "implicit")
     assert output.stats[0].evaluations <= 6
 
 

@@ -8,7 +8,7 @@ from problems import Counted, affine_map, normal, normal_matrix, orthogonal
 from steps import iterates
 from torch import Tensor
 
-from equilibria import GMRES, Implicit, Stats, Status, Stopping, fixed_point
+from equilibria import GMRES, Implicit, Status, Stopping, fixed_point
 
 
 def best_in_krylov(A: Tensor, b: Tensor, z0: Tensor, k: int) -> Tensor:
@@ -43,9 +43,8 @@ def test_solves_within_d_steps(size: int) -> None:
     """As the solver of the backward pass, where f(0) is known beforehand: d evaluations. In front of a user, one for f(z0)
     and one to measure the residual besides."""
     A, b = 1.2 * orthogonal(size, seed=size), normal(1, 3, size).requires_grad_()
-    backward: list[Stats] = []
     stopping = Stopping(rtol=1e-9, max_evals=100)
-    adjoint = Implicit(solver=GMRES(), stopping=stopping, on_backward=backward.append)
+    adjoint = Implicit(solver=GMRES(), stopping=stopping)
     z, stats = fixed_point(
         affine_map, torch.zeros(3, size).double(), A, b, solver=GMRES(), stopping=stopping, adjoint=adjoint
     )
@@ -55,7 +54,7 @@ def test_solves_within_d_steps(size: int) -> None:
     assert stats.evaluations <= size + 2
     assert torch.allclose(z, torch.linalg.solve(M, b.mT).mT, rtol=1e-7, atol=1e-7)
     (gradient,) = torch.autograd.grad(z.sum(), b)
-    assert backward[0].evaluations <= size
+    assert stats.backward[0].evaluations <= size
     assert torch.allclose(gradient, torch.linalg.solve(M.mT, torch.ones(size, 1).double()).mT.expand(3, -1), rtol=1e-7)
 
 

@@ -21,7 +21,6 @@ from equilibria.train.interrupt import Interrupted, StopRequest
 from equilibria.train.loop import Trainer
 from equilibria.train.run_folder import RunFolder, read_metrics
 from equilibria.train.schedule import lr_factor, make_optimizer
-from equilibria.train.solves import SolveMeter
 
 CONFIG = RunConfig(
     recipe="text",
@@ -62,10 +61,9 @@ def make(corpus: Corpus, tmp_path: Path) -> Make:
     def build(config: RunConfig = CONFIG, name: str = "run", **options: Any) -> Trainer:
         folder = RunFolder(tmp_path / name)
         torch.manual_seed(config.seed)
-        backward = SolveMeter()
-        model = build_model(config, corpus.tokenizer.size, on_backward=backward)
+        model = build_model(config, corpus.tokenizer.size)
         options.setdefault("stop", StopRequest())
-        trainer = Trainer(model, options.pop("corpus", corpus), config, folder, backward=backward, **options)
+        trainer = Trainer(model, options.pop("corpus", corpus), config, folder, **options)
         folder.store_config(config)
         return trainer
 
@@ -146,10 +144,9 @@ def test_resumed_run_takes_the_very_same_steps(make: Make, moment: str, whole: T
 def whole(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     """The same run, not interrupted."""
     torch.manual_seed(CONFIG.seed)
-    backward = SolveMeter()
-    model = build_model(CONFIG, corpus.tokenizer.size, on_backward=backward)
+    model = build_model(CONFIG, corpus.tokenizer.size)
     folder = RunFolder(tmp_path_factory.mktemp("whole"))
-    trainer = Trainer(model, corpus, CONFIG, folder, stop=StopRequest(), backward=backward)
+    trainer = Trainer(model, corpus, CONFIG, folder, stop=StopRequest())
     trainer.run()
     return trainer
 
