@@ -60,7 +60,8 @@ class PeacemanRachford:
     damping: float = 1.0
     """u ← u + damping · (the new u - u); 0.5 is Douglas-Rachford splitting, which converges for m = 0 too."""
     prox: Callable[[Tensor], Tensor] = torch.relu
-    """u -> argmin_z ½ ‖z - u‖² + α φ(z), for the convex φ with f(z) = prox_φ(W z + c). For relu, the same for all α."""
+    """u -> argmin_z ½ ‖z - u‖² + α φ(z), for the convex φ with f(z) = prox_φ(W z + c). For relu the
+    same for all α; for α = 1 it is that nonlinearity itself."""
 
     def __post_init__(self) -> None:
         check_damping("PeacemanRachford", self.damping)
