@@ -31,9 +31,11 @@ CORE = [
     "adjoints",
     "fixed_point",
     "regularizers",
+    "diagnostics",
     "nn",
     "models",
 ]
+PLOTS = {"equilibria.diagnostics.convergence"}  # may use matplotlib, once something is to be drawn
 
 
 def module_name(path: Path) -> str:
@@ -89,7 +91,16 @@ def test_no_cycles() -> None:
 @pytest.mark.parametrize("module", ["equilibria", *(module for module in FILES if row(module) in CORE)])
 def test_core_depends_on_torch_alone(module: str) -> None:
     outside = {name.split(".")[0] for name in IMPORTS[module]} - sys.stdlib_module_names
-    assert outside <= {"torch", "equilibria"}
+    assert outside <= ({"torch", "equilibria", "matplotlib"} if module in PLOTS else {"torch", "equilibria"})
+
+
+@pytest.mark.parametrize("module", sorted(PLOTS))
+def test_plots_are_imported_only_to_draw(module: str) -> None:
+    assert any(name.startswith("matplotlib") for name in IMPORTS[module])
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    at_once = [ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert at_once
+    assert not any("matplotlib" in line for line in at_once)
 
 
 def test_the_reader_of_imports_sees_them() -> None:

@@ -1,0 +1,14 @@
+"""What a fixed point is like: how fast iteration contracts, how well its gradient is determined, how a solve went."""
+
+from equilibria.diagnostics.conditioning import Conditioning, backward_condition
+from equilibria.diagnostics.convergence import contraction_rate, plot_convergence
+from equilibria.diagnostics.spectral_radius import SpectralRadius, spectral_radius
+
+__all__ = [
+    "Conditioning",
+    "SpectralRadius",
+    "backward_condition",
+    "contraction_rate",
+    "plot_convergence",
+    "spectral_radius",
+]
