@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from equilibria.adjoints import Adjoint, Implicit
 from equilibria.fixed_point import fixed_point
+from equilibria.nn.computed_once import WithConstants, computed_once, parametrized, read
+from equilibria.nn.pickling import make_picklable
 from equilibria.solution import Solution
 from equilibria.solvers import Anderson, Solver
 from equilibria.stopping import Stopping
@@ -21,9 +23,15 @@ class DEQ(nn.Module):
     The block is an nn.Module with `forward(z, *args) -> z`. It may also define
 
     - `prepare(*inputs) -> tuple of args`: what stays constant while z moves (injected inputs, projections, masks of
-      dropout, normalised weights), computed once per solve; gradients flow through it. Without it args are the inputs;
+      dropout), computed once per solve; gradients flow through it. Without it args are the inputs;
     - `initial(*inputs) -> z0`; without it, zeros like the first input;
     - `batch_dims`: one entry per arg, the dimension that carries the batch or None (see `fixed_point`).
+
+    Tensors under `torch.nn.utils.parametrize` (weight norm, spectral norm, your own) are computed once per solve, before
+    `prepare`, and keep that value in every evaluation, forward and backward; gradients flow through them.
+
+    `torch.save(deq, file)` works with parametrised blocks too, which torch by itself refuses to save as a whole. A file
+    that is to be trusted less is better made of `deq.state_dict()`, loaded with `weights_only=True`.
 
     `eval_stopping` replaces `stopping` in evaluation mode, if given. Solver, stopping and adjoint are plain attributes
     and may be exchanged at any time.
@@ -63,16 +71,28 @@ class DEQ(nn.Module):
 
     def forward(self, *inputs: Any, z0: Any = None) -> Solution:
         """The equilibrium for these inputs, searched from z0 if it is given (a warm start)."""
-        args = prepared(self.block, *inputs)
-        return self.solve(initial(self.block, *inputs) if z0 is None else z0, *args)
+        with computed_once(self.block):
+            args = prepared(self.block, *inputs)
+            return self.solve(initial(self.block, *inputs) if z0 is None else z0, *args)
 
     def solve(self, z0: Any, *args: Any) -> Solution:
-        """The equilibrium for the args that `prepare` made, for a caller that needs these args as well."""
+        """The equilibrium for the args that `prepare` made, for a caller that needs these args as well.
+
+        Where `prepare` reads parametrised tensors, call both under `computed_once(deq.block)`: they share the values then.
+        """
         stopping = self.stopping if self.training or self.eval_stopping is None else self.eval_stopping
+        block, batch_dims = self.block, getattr(self.block, "batch_dims", None)
+        places = parametrized(block)
+        if places:
+            block, args = WithConstants(block, places), (read(places), *args)
+            batch_dims = None if batch_dims is None else (None, *batch_dims)
         return fixed_point(
-            self.block, z0, *args, solver=self.solver, stopping=stopping, adjoint=self.adjoint,
-            batch_dims=getattr(self.block, "batch_dims", None),
-        )  # fmt: skip
+            block, z0, *args, solver=self.solver, stopping=stopping, adjoint=self.adjoint, batch_dims=batch_dims
+        )
+
+    def __getstate__(self) -> Any:
+        make_picklable(self.block)
+        return super().__getstate__()
 
 
 def prepared(block: nn.Module, *inputs: Any) -> tuple[Any, ...]:

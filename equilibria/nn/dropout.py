@@ -13,7 +13,16 @@ class FrozenDropout(nn.Module):
         mask_i ~ Bernoulli(1 - p) / (1 - p),    forward(x, mask) = x * mask
 
     A map that draws new random numbers at each call has no fixed point. Draw the mask in `prepare`, pass it to f as an
-    argument, and every evaluation of the solve and of its backward pass sees the same one.
+    argument, and every evaluation of the solve and of its backward pass sees the same one. The next solve draws another;
+    evaluation mode draws none. Masks come from torch's generator, so that checkpointing draws the same ones again.
+
+    What is dropped depends on the shape of the mask:
+
+    - features: `mask(x)`, of the shape of x;
+    - hidden units for the whole of a sequence: `shared_dims=(1,)` for x (B, L, d) gives (B, 1, d);
+    - attention: `mask(x, (B, H, L, K))` for the probabilities of H heads, multiplied in after the softmax. Outputs stay
+      averages of values in expectation, with weights that no longer sum to one in a single draw;
+    - weights: `mask(linear.weight)`, or without any code in the block `equilibria.nn.weight_drop`.
 
     Args:
         p: probability that an entry is zeroed, 0 <= p < 1.
@@ -23,30 +32,32 @@ class FrozenDropout(nn.Module):
     Raises:
         ValueError: p is outside [0, 1).
 
-    Source: Gal & Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", 2016.
+    Sources: Srivastava et al., "Dropout", 2014; Gal & Ghahramani, "A Theoretically Grounded Application of Dropout in
+    Recurrent Neural Networks", 2016, section 4 (one mask for all positions); Bai, Kolter & Koltun, "Deep Equilibrium
+    Models", 2019, appendix (one mask for all evaluations).
 
     >>> import torch
     >>> drop, x = FrozenDropout(0.5, shared_dims=(1,)), torch.ones(2, 5, 3)
     >>> mask = drop.mask(x)
     >>> drop(x, mask).shape, mask.shape
     (torch.Size([2, 5, 3]), torch.Size([2, 1, 3]))
+    >>> drop.mask(x, (2, 4, 5, 5)).shape
+    torch.Size([2, 1, 5, 5])
     """
 
     def __init__(self, p: float, shared_dims: Sequence[int] = ()) -> None:
         super().__init__()
-        if not 0.0 <= p < 1.0:
-            raise ValueError(f"p is {p}; the probability of dropping an entry must be at least 0 and below 1")
-        self.p = p
+        self.p = check_probability(p)
         self.shared_dims = tuple(shared_dims)
 
-    def mask(self, like: Tensor) -> Tensor | None:
-        """A mask for tensors shaped, typed and placed as `like`, of size 1 along `shared_dims`.
+    def mask(self, like: Tensor, shape: Sequence[int] | None = None) -> Tensor | None:
+        """A mask for tensors typed and placed as `like`, of its shape or the one given, with size 1 along `shared_dims`.
 
         None where nothing is to be dropped: in evaluation mode, or if p is 0.
         """
         if not self.training or self.p == 0.0:
             return None
-        shape = list(like.shape)
+        shape = list(like.shape if shape is None else shape)
         for dim in self.shared_dims:
             if not -len(shape) <= dim < len(shape):
                 raise ValueError(f"shared_dims holds {dim}, but the tensor has shape {tuple(shape)}")
@@ -58,3 +69,9 @@ class FrozenDropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}, shared_dims={self.shared_dims}"
+
+
+def check_probability(p: float) -> float:
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"p is {p}; the probability of dropping an entry must be at least 0 and below 1")
+    return p

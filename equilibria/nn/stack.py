@@ -6,14 +6,16 @@ from typing import Any
 
 from torch import nn
 
+from equilibria.nn.computed_once import computed_once
 from equilibria.nn.deq import initial, prepared
 
 
 def stack(block: nn.Module, depth: int, *inputs: Any) -> Any:
     """z_depth of z_{k+1} = block(z_k, *args), with args and z_0 as `DEQ(block)` would have them.
 
-    What stays the same from layer to layer is computed once, as for the equilibrium. Gradients are those of plain
-    autograd. As depth grows, z_depth tends to the fixed point, where the iteration converges at all.
+    What stays the same from layer to layer is computed once, as for the equilibrium: what `prepare` makes, and parametrised
+    tensors (weight norm, spectral norm). Gradients are those of plain autograd. As depth grows, z_depth tends to the fixed
+    point, where the iteration converges at all.
 
     Args:
         block: a module that `DEQ` takes: `forward(z, *args)`, and optionally `prepare` and `initial`.
@@ -28,8 +30,9 @@ def stack(block: nn.Module, depth: int, *inputs: Any) -> Any:
     """
     if depth < 1:
         raise ValueError(f"depth is {depth}; a stack needs at least 1 layer")
-    args = prepared(block, *inputs)
-    z = initial(block, *inputs)
-    for _ in range(depth):
-        z = block(z, *args)
+    with computed_once(block):
+        args = prepared(block, *inputs)
+        z = initial(block, *inputs)
+        for _ in range(depth):
+            z = block(z, *args)
     return z
