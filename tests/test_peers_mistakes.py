@@ -70,7 +70,6 @@ OTHER_VALUES: dict[tuple[str, str], Any] = {
     ("Phantom", "steps"): 3,
     ("Phantom", "damping"): 0.5,
 }
-OBSERVERS = {("Implicit", "on_backward")}  # they change no result; tests/adjoints tests that they are called
 
 
 def has_defaults(kind: Any) -> bool:
@@ -85,7 +84,6 @@ OPTIONS = [
     for name in equilibria.__all__
     if has_defaults(getattr(equilibria, name))
     for field in dataclasses.fields(getattr(equilibria, name))
-    if (name, field.name) not in OBSERVERS
 ]
 
 
