@@ -5,20 +5,21 @@
 >>> z, stats = eq.fixed_point(lambda z, x: torch.tanh(0.5 * z + x), torch.zeros_like(x), x)
 """
 
-from equilibria.adjoints import Implicit, Phantom, Unrolled
+from equilibria.adjoints import Implicit, Neumann, Phantom, Reversible, Unrolled
 from equilibria.fixed_point import fixed_point
 from equilibria.nn.deq import DEQ
 from equilibria.solution import (
     EquilibriaError,
     NonFiniteError,
     RandomMapError,
+    ReconstructionError,
     Solution,
     Stats,
     Status,
     UndeclaredTensorError,
     UserError,
 )
-from equilibria.solvers import GMRES, Anderson, Broyden, NewtonKrylov, PeacemanRachford, Picard
+from equilibria.solvers import GMRES, Anderson, Broyden, NewtonKrylov, PeacemanRachford, Picard, ReversiblePicard
 from equilibria.stopping import Stopping
 
 __version__ = "0.1.0"
@@ -30,12 +31,16 @@ __all__ = [
     "Broyden",
     "EquilibriaError",
     "Implicit",
+    "Neumann",
     "NewtonKrylov",
     "NonFiniteError",
     "PeacemanRachford",
     "Phantom",
     "Picard",
     "RandomMapError",
+    "ReconstructionError",
+    "Reversible",
+    "ReversiblePicard",
     "Solution",
     "Stats",
     "Status",

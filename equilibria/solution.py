@@ -70,6 +70,10 @@ class NonFiniteError(EquilibriaError, ArithmeticError):
         self.solution = solution
 
 
+class ReconstructionError(EquilibriaError, ArithmeticError):
+    """A reversible solve could not be walked back to where it started: rounding has outgrown the precision."""
+
+
 class UndeclaredTensorError(EquilibriaError, RuntimeError):
     """f uses a tensor that requires a gradient and was neither passed in `args` nor owned by the module f."""
 

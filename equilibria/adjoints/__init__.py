@@ -2,7 +2,9 @@
 
 from equilibria.adjoints.adjoint import Adjoint, Forward, Function
 from equilibria.adjoints.implicit import Implicit
+from equilibria.adjoints.neumann import Neumann
 from equilibria.adjoints.phantom import Phantom
+from equilibria.adjoints.reversible import Reversible
 from equilibria.adjoints.unrolled import Unrolled
 
-__all__ = ["Adjoint", "Forward", "Function", "Implicit", "Phantom", "Unrolled"]
+__all__ = ["Adjoint", "Forward", "Function", "Implicit", "Neumann", "Phantom", "Reversible", "Unrolled"]

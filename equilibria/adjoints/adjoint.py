@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from equilibria.iterate import BudgetedMap, Solved, Watch, iterate, ratio
+from equilibria.iterate import BudgetedMap, Solved, iterate, ratio
 from equilibria.solution import NonFiniteError, Solution, Stats, Status
 from equilibria.solvers import GMRES, Solver
 from equilibria.stopping import Stopping
+
+Search = Callable[[Solver[Any], BudgetedMap, Tensor, Stopping], Solved]
+"""`iterate`, or a variant of it that an adjoint needs."""
 
 
 class Function(Protocol):
@@ -58,12 +61,12 @@ class Forward:
         self.evaluations += 1
         return f.probe(z0, *args, check_grad=check_grad)
 
-    def __call__(self, f: Function, z0: Tensor, fz0: Tensor, args: Sequence[Tensor], watch: Watch | None = None) -> Solved:
+    def __call__(self, f: Function, z0: Tensor, fz0: Tensor, args: Sequence[Tensor], search: Search = iterate) -> Solved:
         """Solve from z0, where f(z0) is known to be fz0."""
         confirm = isinstance(self.solver, GMRES) and not self.affine
         budgeted = BudgetedMap(f, args, self.stopping.max_evals - confirm, f.dims, known=fz0)
         budgeted.evaluations = self.evaluations
-        solved = iterate(self.solver, budgeted, z0, self.stopping, watch)
+        solved = search(self.solver, budgeted, z0, self.stopping)
         self.evaluations = budgeted.evaluations
         # What was given may belong to the caller, and an autograd function must not return it.
         if solved.z is z0 or solved.z is fz0:

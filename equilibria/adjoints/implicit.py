@@ -53,9 +53,6 @@ class Implicit:
     def solve(self, f: DeclaredFunction, z0: Tensor, args: tuple[Tensor, ...], forward: Forward) -> Solved:
         return fixed_point_of(self, f, z0, args, forward)
 
-    def watch(self, forward: Forward) -> None:
-        return None
-
     def linear(self, system: LinearSystem) -> Tensor:
         run = Forward(self.solver, self.stopping, raise_nonfinite=True, affine=True, what="backward solve")
         try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from equilibria.adjoints.adjoint import DeclaredFunction, Forward, Function
-from equilibria.iterate import Solved, Watch
+from equilibria.iterate import Solved
 from equilibria.products import linearize
 from equilibria.transforms import (
     differentiating,
@@ -63,10 +63,6 @@ class Rule(Protocol):
         """u (B, D) with u = A u + g, or as near to it as this adjoint wants it."""
         ...
 
-    def watch(self, forward: Forward) -> Watch | None:
-        """What is to be told of the steps of the forward solve."""
-        ...
-
 
 def fixed_point_of(rule: Rule, f: DeclaredFunction, z0: Tensor, args: tuple[Tensor, ...], forward: Forward) -> Solved:
     """The fixed point of what a user gave, differentiable in args by `rule`."""
@@ -84,7 +80,7 @@ class _FixedPoint(torch.autograd.Function):
 
     @staticmethod
     def forward(rule: Rule, f: Function, forward: Forward, z0: Tensor, fz0: Tensor, *args: Tensor) -> Any:
-        return tuple(forward(f, z0, fz0, args, rule.watch(forward)))
+        return tuple(forward(f, z0, fz0, args))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
+from typing import Any
 
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from equilibria.adjoints.adjoint import DeclaredFunction, Forward
-from equilibria.iterate import Solved
+from equilibria.iterate import BudgetedMap, Loop, Record, Solved
+from equilibria.solvers.solver import Solver, State
+from equilibria.stopping import Stopping
+from equilibria.transforms import differentiating, transformed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +21,12 @@ class Unrolled:
     """The exact gradient of what the solver computed, converged or not. Memory grows with the number of evaluations.
 
     Gradients flow to z0 as well, and through tensors that f uses without being passed them.
+
+    With `checkpoint`, only the state of the solver after every √max_evals steps is kept; each segment is computed a second
+    time when the backward pass reaches it. Memory then grows with the square root of the budget, and the gradient is the
+    same. The batch stays whole. Not inside torch.func transforms, which PyTorch's checkpointing does not support.
+
+    Source of the checkpoints: Chen, Xu, Zhang and Guestrin 2016, "Training deep nets with sublinear memory cost".
 
     >>> import torch
     >>> from equilibria import Picard, Stopping, fixed_point
@@ -27,6 +39,37 @@ class Unrolled:
     1.5
     """
 
+    checkpoint: bool = False
+
     def solve(self, f: DeclaredFunction, z0: Tensor, args: tuple[Tensor, ...], forward: Forward) -> Solved:
         fz0 = forward.probe(f, z0, args, check_grad=False)
-        return forward(f, z0, fz0, args)
+        if not self.checkpoint or not differentiating():
+            return forward(f, z0, fz0, args)
+        if transformed():
+            raise NotImplementedError(
+                "Unrolled(checkpoint=True) does not work inside torch.func transforms; use Unrolled() or Implicit()"
+            )
+        return forward(f, z0, fz0, args, search=_in_segments)
+
+
+def _in_segments(solver: Solver[Any], f: BudgetedMap, z0: Tensor, stopping: Stopping) -> Solved:
+    """`iterate`, with what autograd needs of the steps computed again in the backward pass."""
+    loop = Loop(solver, stopping)
+    length = ceil(stopping.max_evals**0.5)
+
+    def segment(state: State, record: Record, spent: int) -> tuple[State, Record, int]:
+        # Called twice, and must find the same both times: so it changes nothing that it is given.
+        part, record = BudgetedMap(f.f, f.args, f.max_evals), record.copy()
+        part.evaluations = spent
+        for _ in range(length):
+            if part.remaining <= 0 or not bool(record.running.any()):
+                break
+            state = loop.advance(part, state, record)
+        return state, record, part.evaluations
+
+    state, record = loop.start(f, z0)
+    while f.remaining > 0 and bool(record.running.any()):
+        state, record, f.evaluations = checkpoint(
+            segment, state, record, f.evaluations, use_reentrant=False, preserve_rng_state=False
+        )
+    return record.solved(stopping)

@@ -6,6 +6,18 @@ from equilibria.solvers.gmres import GMRES
 from equilibria.solvers.newton_krylov import NewtonKrylov
 from equilibria.solvers.peaceman_rachford import PeacemanRachford
 from equilibria.solvers.picard import Picard
+from equilibria.solvers.reversible import ReversiblePicard
 from equilibria.solvers.solver import Map, Solver, State
 
-__all__ = ["GMRES", "Anderson", "Broyden", "Map", "NewtonKrylov", "PeacemanRachford", "Picard", "Solver", "State"]
+__all__ = [
+    "GMRES",
+    "Anderson",
+    "Broyden",
+    "Map",
+    "NewtonKrylov",
+    "PeacemanRachford",
+    "Picard",
+    "ReversiblePicard",
+    "Solver",
+    "State",
+]

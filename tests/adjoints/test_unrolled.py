@@ -8,6 +8,7 @@ import pytest
 import torch
 from problems import affine_map, normal, orthogonal, tanh_map
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from equilibria import GMRES, Anderson, Broyden, Picard, Stopping, Unrolled, fixed_point
 
@@ -70,3 +71,80 @@ def test_a_frozen_sample_passes_finite_gradients(solver: Any) -> None:
     assert torch.equal(of_b[0], torch.zeros(3).double())
     assert torch.allclose(of_b[1], exact[1], rtol=1e-6)
     assert torch.allclose(of_rates[1], (exact * slope * z)[1], rtol=1e-6)
+
+
+class TestCheckpointed:
+    @pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+    @pytest.mark.parametrize("budget", [1, 2, 7, 30])
+    def test_solution_and_gradients_are_the_same(self, solver: Any, budget: int) -> None:
+        """To the bit: the same steps, computed twice. Samples stop at different steps."""
+        W, x, z0 = (t.requires_grad_() for t in (0.9 * orthogonal(4), normal(0, 3, 4), normal(1, 3, 4)))
+        stopping = Stopping(rtol=1e-6, max_evals=budget, trace=True)
+        found = []
+        for adjoint in (Unrolled(), Unrolled(checkpoint=True)):
+            z, stats = fixed_point(tanh_map, z0, W, x, solver=solver, stopping=stopping, adjoint=adjoint)
+            loss = (z + 0 * tanh_map(z0, W, x)).square().sum()
+            found.append([z, *torch.autograd.grad(loss, (W, x, z0)), *vars(stats).values()])
+        for plain, checkpointed in zip(*found, strict=True):
+            if isinstance(plain, Tensor):
+                assert torch.equal(plain, checkpointed)
+            else:
+                assert plain == checkpointed
+
+    def test_second_derivatives(self) -> None:
+        def layer(W: Tensor) -> Tensor:
+            stopping = Stopping(rtol=0, atol=0, max_evals=5)
+            return fixed_point(
+                tanh_map, torch.zeros(2, 3).double(), W, normal(0, 2, 3), stopping=stopping,
+                adjoint=Unrolled(checkpoint=True),
+            ).z  # fmt: skip
+
+        assert torch.autograd.gradgradcheck(layer, ((0.9 * orthogonal(3)).requires_grad_(),))
+
+    def test_memory_grows_with_the_square_root_of_the_budget(self) -> None:
+        def held(adjoint: Unrolled, budget: int) -> int:
+            """Values of f's inner layer that are still in memory when the forward pass is over."""
+            seen: list[StorageWeakRef] = []
+
+            def f(z: Tensor, x: Tensor) -> Tensor:
+                hidden = torch.sin(z)
+                seen.append(StorageWeakRef(hidden.untyped_storage()))
+                return 0.9 * hidden.square() + x
+
+            x = normal(0, 2, 3).requires_grad_()
+            stopping = Stopping(rtol=0, atol=0, max_evals=budget)
+            z = fixed_point(f, torch.zeros(2, 3).double(), x, solver=Picard(), stopping=stopping, adjoint=adjoint).z
+            assert z.requires_grad
+            assert len(seen) == budget
+            return sum(not reference.expired() for reference in seen)
+
+        def peak(budget: int) -> int:
+            """The most that are in memory at once while the backward pass computes its segments again."""
+            seen: list[StorageWeakRef] = []
+            most = 0
+
+            def f(z: Tensor, x: Tensor) -> Tensor:
+                nonlocal most
+                hidden = torch.sin(z)
+                seen.append(StorageWeakRef(hidden.untyped_storage()))
+                most = max(most, sum(not reference.expired() for reference in seen))
+                return 0.9 * hidden.square() + x
+
+            x = normal(0, 2, 3).requires_grad_()
+            stopping = Stopping(rtol=0, atol=0, max_evals=budget)
+            z0 = torch.zeros(2, 3).double()
+            fixed_point(f, z0, x, solver=Picard(), stopping=stopping, adjoint=Unrolled(checkpoint=True)).z.sum().backward()
+            assert len(seen) > 1.5 * budget  # nearly all is computed twice
+            return most
+
+        for budget in (16, 64, 256):
+            assert held(Unrolled(), budget) >= budget - 2
+            assert held(Unrolled(checkpoint=True), budget) <= 1
+            assert peak(budget) <= budget**0.5 + 2
+
+    def test_not_inside_transforms(self) -> None:
+        def loss(x: Tensor) -> Tensor:
+            return fixed_point(lambda z, x: 0.5 * z + x, torch.zeros(1, 1), x, adjoint=Unrolled(checkpoint=True)).z.sum()
+
+        with pytest.raises(NotImplementedError, match=r"Unrolled\(checkpoint=True\) does not work inside torch.func"):
+            torch.func.grad(loss)(torch.ones(1, 1))
