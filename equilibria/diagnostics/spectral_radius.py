@@ -122,10 +122,9 @@ def _dominant(hessenberg: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     modulus, index = values.abs().max(dim=1)
     y = vectors.gather(2, index.view(-1, 1, 1).expand(-1, steps, 1)).squeeze(2)  # (B, m)
     residual = known[:, steps, steps - 1].abs() * y[:, -1].abs().to(known.dtype)
-    imaginary = y.imag.norm(dim=1) > y.real.norm(dim=1)  # any part of y serves, unless it is too small
-    weights = torch.where(imaginary.unsqueeze(1), y.imag, y.real).to(known.dtype)
     radius = torch.where(finite, modulus.to(known.dtype), float("nan"))
-    return radius, torch.where(finite, residual, float("inf")), weights
+    # Of a complex pair, the real part is as good a vector to go on with: with its image it spans the same plane.
+    return radius, torch.where(finite, residual, float("inf")), y.real.to(known.dtype)
 
 
 def _vanishes(hessenberg: Tensor) -> Tensor:

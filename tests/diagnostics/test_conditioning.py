@@ -68,6 +68,18 @@ def test_out_of_budget_says_so_and_stays_inside() -> None:
     assert torch.allclose(full.smallest, smallest, rtol=1e-2)
 
 
+def test_a_sample_does_not_depend_on_harder_ones() -> None:
+    easy = torch.zeros(60).double()
+    easy[:3] = torch.tensor([0.9, -0.8, 0.5])
+    easy[3:] = 0.02 * normal(0, 57)
+    hard = torch.linspace(-1, 0.99, 60).double()
+    both = backward_condition(diagonal_map, torch.zeros(2, 60).double(), torch.stack((hard, easy)), easy)
+    alone = backward_condition(diagonal_map, torch.zeros(1, 60).double(), easy.unsqueeze(0), easy)
+    assert both.products[1] == alone.products[0] < both.products[0]
+    assert torch.allclose(both.smallest[1], alone.smallest[0], rtol=1e-13, atol=0.0)
+    assert torch.allclose(both.largest[1], alone.largest[0], rtol=1e-13, atol=0.0)
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.5, -1.0])
 @pytest.mark.parametrize("size", [1, 3, 30])
 def test_spaces_that_close_at_once(rate: float, size: int) -> None:

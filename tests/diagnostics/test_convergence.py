@@ -72,6 +72,8 @@ class TestRate:
         assert contraction_rate(solution).tolist() == pytest.approx([0.0, 0.5, 1e60])
         still = fixed_point(torch.zeros_like, torch.zeros(1, 1), stopping=stopping)
         assert contraction_rate(still).isnan().all()
+        broken = fixed_point(torch.sqrt, -torch.ones(1, 1), stopping=stopping, raise_nonfinite=False)
+        assert contraction_rate(broken).isnan().all()
 
     def test_needs_a_trace(self) -> None:
         with pytest.raises(ValueError, match=r"Stopping\(trace=True\)"):

@@ -138,6 +138,11 @@ class TestNumbers:
         assert found.backward is not None
         assert found.backward.evaluations == solution.stats.backward[0].evaluations
 
+    def test_leaves_the_args_alone(self) -> None:
+        args = rates([0.9, 0.1])
+        summary(diagonal_map, *args)
+        assert not any(arg.requires_grad for arg in args)
+
     def test_rate_of_picard(self) -> None:
         assert of_rates([0.6], solver=Picard()).rate.tolist() == pytest.approx([0.6])
 
