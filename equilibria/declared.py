@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from equilibria.compiled import nodes_behind, source
 from equilibria.solution import RandomMapError, UndeclaredTensorError
 from equilibria.structure import Layout
 from equilibria.transforms import carries_derivatives, without_derivatives
@@ -119,15 +120,15 @@ class Declared:
 
 
 class _Method(nn.Module):
-    """Calls a bound method, or forward, of `owner` with other parameters in place."""
+    """Calls f, which is `owner` or a bound method of it, with other parameters in place."""
 
     def __init__(self, f: Callable[..., Any], owner: nn.Module) -> None:
         super().__init__()
         self.owner = owner
-        self.method = None if f is owner else f.__func__  # type: ignore[attr-defined]
+        self.call = (f,)  # in a tuple, where it does not count as another module
 
     def forward(self, *inputs: Any) -> Any:
-        return self.owner(*inputs) if self.method is None else self.method(self.owner, *inputs)
+        return self.call[0](*inputs)
 
 
 def _autocast(device: torch.device) -> torch.autocast | None:
@@ -141,7 +142,7 @@ def _autocast(device: torch.device) -> torch.autocast | None:
 
 
 def _module_of(f: Callable[..., Any]) -> nn.Module | None:
-    owner = f if isinstance(f, nn.Module) else getattr(f, "__self__", None)
+    owner = f if isinstance(f, nn.Module) else getattr(source(f), "__self__", None)
     return owner if isinstance(owner, nn.Module) else None
 
 
@@ -185,18 +186,8 @@ _EMPTY = CellType()
 
 def _undeclared(f: Callable[..., Any], output: Tensor) -> Iterator[str]:
     """Names of the tensors that gave `output` its graph, as far as they can be found where f can see them."""
-    leaves: dict[int, Tensor] = {}
-    nodes = set()
-    queue = [output.grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is None or node in nodes:
-            continue
-        nodes.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            leaves[id(variable)] = variable
-        queue.extend(parent for parent, _ in node.next_functions)
+    nodes = set(nodes_behind(output))
+    leaves: dict[int, Tensor] = {id(node.variable): node.variable for node in nodes if hasattr(node, "variable")}
     named: set[str] = set()
     for name, tensor in _visible(f):
         leaf = leaves.pop(id(tensor), None)
@@ -214,6 +205,7 @@ def _visible(f: Callable[..., Any]) -> Iterator[tuple[str, Tensor]]:
         for i, value in enumerate((*f.args, *f.keywords.values())):
             yield from _tensors_in(f"partial argument {i}", value)
         f = f.func
+    f = source(f)
     function = getattr(f, "__func__", f)
     code = getattr(function, "__code__", None)
     if code is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from equilibria.adjoints.adjoint import DeclaredFunction, Forward, Function
+from equilibria.compiled import recorded_to_stay
 from equilibria.iterate import Solved
 from equilibria.products import linearize
 from equilibria.transforms import (
@@ -80,6 +81,9 @@ class _FixedPoint(torch.autograd.Function):
 
     @staticmethod
     def forward(rule: Rule, f: Function, forward: Forward, z0: Tensor, fz0: Tensor, *args: Tensor) -> Any:
+        # Detached, what was computed before the solve looks to a compiled f as it does without gradients: one graph less.
+        # What belongs to f stays the same object, so that f runs as it is.
+        args = tuple(arg if arg.is_leaf else arg.detach() for arg in args)
         return tuple(forward(f, z0, fz0, args))
 
     @staticmethod
@@ -151,12 +155,12 @@ def _once(ctx: Any, z: Tensor, args: Sequence[Tensor], wanted: Sequence[bool], g
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         args = [arg.detach().requires_grad_(want) for arg, want in zip(args, wanted, strict=True)]
-        output = ctx.f(z, *args)
-    if not output.requires_grad:
+        record = _Recorded(ctx.f, z, args, g)
+    if not record.fz.requires_grad:
         return [None] * sum(wanted)
-    system = LinearSystem(_Recorded(z, output, g), g, (), ctx.run, recorded=True)
+    u = ctx.rule.linear(LinearSystem(record, g, (), ctx.run, recorded=True))
     inputs = [arg for arg, want in zip(args, wanted, strict=True) if want]
-    return torch.autograd.grad(output, inputs, ctx.rule.linear(system), allow_unused=True)
+    return torch.autograd.grad(record.fz, inputs, u, allow_unused=True)
 
 
 def _differentiable(
@@ -174,11 +178,13 @@ class _Recorded:
 
     dims = None
 
-    def __init__(self, z: Tensor, fz: Tensor, g: Tensor) -> None:
-        self.z, self.fz, self.g = z, fz, g
+    def __init__(self, f: Function, z: Tensor, args: Sequence[Tensor], g: Tensor) -> None:
+        self.z, self.g = z, g
+        self.fz, self._replaying = recorded_to_stay(lambda: f(z, *args))
 
     def __call__(self, u: Tensor, *tensors: Tensor) -> Tensor:
-        (uj,) = torch.autograd.grad(self.fz, self.z, u, retain_graph=True, allow_unused=True)
+        with self._replaying():
+            (uj,) = torch.autograd.grad(self.fz, self.z, u, retain_graph=True, allow_unused=True)
         return self.g if uj is None else self.g + uj
 
 
