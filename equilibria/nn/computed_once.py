@@ -8,19 +8,21 @@ they are arguments of the map like any other: computed before the solve, and put
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 
 @contextmanager
-def computed_once(module: nn.Module) -> Iterator[None]:
+def computed_once(module: nn.Module) -> Iterator[tuple[list[Place], tuple[Tensor, ...]]]:
     """Compute every parametrised tensor of `module` now, with its graph, and read that value until the context is left.
 
-    `DEQ` and `stack` do so by themselves. Code that calls the parts of a block by itself shares the values like this:
+    `DEQ` and `stack` do so by themselves. Code that calls `prepare`, `solve` and `jacobian_loss` one after the other shares
+    the values, and the masks of dropped weights, by this. Yields what was computed, and where it belongs.
 
     >>> from torch.nn.utils.parametrizations import weight_norm
     >>> layer = weight_norm(nn.Linear(2, 2))
@@ -31,8 +33,9 @@ def computed_once(module: nn.Module) -> Iterator[None]:
     False
     """
     places = parametrized(module)
-    with _in_place(places, read(places)):
-        yield
+    values = tuple(getattr(place.owner, place.name) for place in places)
+    with _in_place(places, values):
+        yield places, values
 
 
 class WithConstants(nn.Module):
@@ -45,8 +48,10 @@ class WithConstants(nn.Module):
 
     def forward(self, z: Any, values: Sequence[Tensor], *args: Any) -> Any:
         # A checkpoint inside the block would be recomputed when the values are no longer in place. Without an early stop
-        # torch notices, since computing them saves more tensors than the evaluation did.
-        with _in_place(self.places, values), set_checkpoint_early_stop(False):
+        # torch notices, since computing them saves more tensors than the evaluation did. A compiled graph keeps its values.
+        strict = nullcontext() if torch.compiler.is_compiling() else set_checkpoint_early_stop(False)
+        there = all(place.reads_as(value) for place, value in zip(self.places, values, strict=True))
+        with nullcontext() if there else _in_place(self.places, values), strict:
             return self.block(z, *args)
 
     def named_buffers(
@@ -70,6 +75,10 @@ class Place:
 
     def usual(self) -> nn.Module:
         return self.parametrizations[self.name]
+
+    def reads_as(self, value: Tensor) -> bool:
+        usual = self.usual()
+        return isinstance(usual, _Constant) and usual.value is value
 
 
 class _Constant(nn.Module):
@@ -101,10 +110,6 @@ def parametrized(module: nn.Module) -> list[Place]:
         places += [Place(owner, name) for name in inside]
         queue += [child for name, child in owner.named_children() if not inside or name != "parametrizations"]
     return places
-
-
-def read(places: Sequence[Place]) -> tuple[Tensor, ...]:
-    return tuple(getattr(place.owner, place.name) for place in places)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from equilibria.adjoints import Adjoint, Implicit
 from equilibria.fixed_point import fixed_point
-from equilibria.nn.computed_once import WithConstants, computed_once, parametrized, read
+from equilibria.nn.computed_once import WithConstants, computed_once
 from equilibria.nn.pickling import make_picklable
 from equilibria.solution import Solution
 from equilibria.solvers import Anderson, Solver
@@ -82,13 +82,13 @@ class DEQ(nn.Module):
         """
         stopping = self.stopping if self.training or self.eval_stopping is None else self.eval_stopping
         block, batch_dims = self.block, getattr(self.block, "batch_dims", None)
-        places = parametrized(block)
-        if places:
-            block, args = WithConstants(block, places), (read(places), *args)
-            batch_dims = None if batch_dims is None else (None, *batch_dims)
-        return fixed_point(
-            block, z0, *args, solver=self.solver, stopping=stopping, adjoint=self.adjoint, batch_dims=batch_dims
-        )
+        with computed_once(block) as (places, values):
+            if places:
+                block, args = WithConstants(block, places), (values, *args)
+                batch_dims = None if batch_dims is None else (None, *batch_dims)
+            return fixed_point(
+                block, z0, *args, solver=self.solver, stopping=stopping, adjoint=self.adjoint, batch_dims=batch_dims
+            )
 
     def __getstate__(self) -> Any:
         make_picklable(self.block)

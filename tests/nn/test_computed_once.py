@@ -25,6 +25,7 @@ from equilibria import (
     fixed_point,
 )
 from equilibria.nn import computed_once, spectral_norm, stack, weight_drop, weight_norm
+from equilibria.regularizers import jacobian_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
@@ -175,7 +176,9 @@ class TestOnce:
         with context(block):
             args = block.prepare(X)
             z0 = block.initial(X)
-            found = grads(deq.solve(z0, *args).z.square().sum() + deq.solve(z0, *args).z.square().sum(), block)
+            z = deq.solve(z0, *args).z
+            found = grads(z.square().sum() + deq.solve(z0, *args).z.square().sum(), block)
+            assert jacobian_loss(block, z, *args) > 0
             again = block.inner.weight
             assert again is block.inner.weight
         assert (parametrization(block).calls, parametrization(block, "outer").calls) == (start[0] + 1, start[1] + 1)
