@@ -85,7 +85,7 @@ def condition_of(
     batch, size = jacobian.z.shape
     steps = min(size, max_products // 2)
     space = _Bidiagonal(jacobian, steps, jacobian.start(generator))
-    ends = space.v.new_ones(batch, 2)  # the smallest and the largest
+    ends = space.v.new_full((batch, 2), float("inf"))  # the smallest and the largest, so far unknown
     converged = torch.zeros(batch, dtype=torch.bool, device=ends.device)
     products = torch.zeros(batch, dtype=torch.int64, device=ends.device)
     for step in range(1, steps + 1):

@@ -84,6 +84,13 @@ def plot_convergence(
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: the solve kept no trace.
+
+    >>> import torch
+    >>> from equilibria import Stopping, fixed_point
+    >>> stopping = Stopping(trace=True)
+    >>> solution = fixed_point(torch.cos, torch.randn(100, 1), stopping=stopping)
+    >>> plot_convergence(solution, stopping=stopping).get_xlabel()
+    'solver step'
     """
     stats, trace = _traced(solution)
     check_count("plot_convergence", "worst", worst, 0)
