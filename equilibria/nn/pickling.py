@@ -1,4 +1,4 @@
-"""Whole modules with parametrised tensors in a file."""
+"""Whole modules with parametrised tensors, copied or in a file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from equilibria.nn.computed_once import parametrizations_of
 
 
 def make_picklable(module: nn.Module) -> None:
-    """Let the parametrised modules inside `module` be pickled.
+    """Let the parametrised modules inside `module` be pickled, and copied so that copy and original are independent.
 
-    torch puts each of them into a class of its own that refuses; here the class learns how it is built again.
+    torch puts each of them into a class of its own. That class refuses to be pickled, and is shared with copies, so that
+    `remove_parametrizations` on a copy breaks the original. Here the class learns how it is built again.
     """
     for child in module.modules():
         if parametrizations_of(child):
-            type(child).__reduce_ex__ = _reduce  # pyright: ignore[reportAttributeAccessIssue]
+            own = type(child)
+            own.__reduce_ex__ = _reduce  # pyright: ignore[reportAttributeAccessIssue]
+            if "__deepcopy__" in vars(own):
+                del own.__deepcopy__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _reduce(module: nn.Module, protocol: object) -> tuple[Any, ...]:

@@ -34,6 +34,8 @@ WRAPS: dict[str, Callable[[nn.Linear], nn.Module]] = {
 class Block(nn.Module):
     """tanh(0.5 W z + U x), W parametrised."""
 
+    inner: Any
+
     def __init__(self, wrap: Callable[[nn.Linear], nn.Module]) -> None:
         super().__init__()
         self.inner = wrap(nn.Linear(4, 4).double())
@@ -49,7 +51,7 @@ class Block(nn.Module):
         return torch.tanh(0.5 * self.inner(z) + u)
 
 
-def make(wrap: str, seed: int = 0) -> DEQ:
+def make(wrap: str, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     return DEQ(Block(WRAPS[wrap]), stopping=TIGHT, adjoint=Implicit(stopping=TIGHT)).eval()
 
@@ -129,6 +131,22 @@ class TestEach:
         z, stats = average(X)
         assert stats.converged.all()
         assert not torch.allclose(z, deq(X).z)
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("other", ["copy", "original"])
+def test_parametrisation_is_removed_from_one_alone(wrap: str, other: str) -> None:
+    """As for export: the copy (an average, say) becomes plain, and the model goes on training."""
+    deq = make(wrap)
+    z = deq(X).z
+    pair = deq, copy.deepcopy(deq)
+    plain, kept = pair[::-1] if other == "copy" else pair
+    parametrize.remove_parametrizations(plain.block.inner, "weight")
+    assert type(plain.block.inner) is nn.Linear
+    assert torch.allclose(plain(X).z, z, rtol=1e-9, atol=1e-11)
+    assert torch.equal(kept(X).z, z)
+    assert parametrize.is_parametrized(kept.block.inner)
+    assert torch.equal(copy.deepcopy(kept)(X).z, z)
 
 
 def test_a_loaded_module_is_still_parametrised() -> None:
