@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -110,7 +109,8 @@ def summary(
         given = [name for name, value in options.items() if value is not None]
         if given:
             raise TypeError(f"summary(..., {given[0]}=...): {type(layer).__name__} has its own {given[0]}; leave it out")
-        probe: Any = copy.copy(layer)  # shares everything but its attributes
+        probe: Any = object.__new__(type(layer))  # shares everything with the layer but the adjoint
+        vars(probe).update(vars(layer))
         probe.adjoint = look = _Look(probe.adjoint)
         probe(*inputs)
     else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +30,7 @@ def jacobian_loss(
 
     The spectral radius of J is at most ‖J‖_F; keeping it down keeps solves short and stable while f is trained. The
     estimate is unbiased for every number of probes, with variance 2 ‖JJᵀ‖²_F / (n² probes). Costs one evaluation of f and a
-    vector-Jacobian product per probe, and the derivative of all of them in the backward pass.
+    vector-Jacobian product per probe, and the derivative of all of them in the backward pass. A compiled f runs uncompiled.
 
     Args:
         f: the map, f(z, *args) -> z. It treats samples independently.
@@ -58,7 +60,8 @@ def jacobian_loss(
         point = layout.pack(z)
         if detach or not point.requires_grad:
             point = point.detach().requires_grad_()
-        output = declared(point, *declared.tensors)
+        with _as_written() if keep else nullcontext():
+            output = declared(point, *declared.tensors)
         squares = point.new_zeros(layout.batch, dtype=work_dtype(layout.dtype))
         for _ in range(probes):
             v = torch.randn(point.shape, dtype=point.dtype, device=point.device, generator=generator)
@@ -66,6 +69,13 @@ def jacobian_loss(
     losses = squares / probes  # (B,)
     losses = losses if keep else losses.detach()
     return losses if per_sample else losses.mean()
+
+
+def _as_written() -> AbstractContextManager[Any]:
+    """Run compiled parts of f uncompiled: what torch.compile makes cannot be differentiated twice."""
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():  # nothing is compiled, or all is
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _product(output: Tensor, point: Tensor, v: Tensor, create_graph: bool) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from problems import PROBLEMS, affine_map, diagonal_map, jacobian, normal, normal_matrix, orthogonal, tanh_map
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from equilibria import DEQ, GMRES, Anderson, Implicit, Phantom, Picard, Stopping, Unrolled, fixed_point
 from equilibria.diagnostics import Summary, summary
@@ -201,6 +202,13 @@ class TestLayers:
         expected = str(summary(layer, x))
         with torch.no_grad():
             assert str(summary(layer, x)) == expected
+
+    def test_with_weight_norm(self) -> None:
+        """Whose weights are computed before the solve; written out, the same layer is the same."""
+        cell = Cell(0.9)
+        plain = str(summary(DEQ(cell, stopping=TIGHT), normal(0, 4, 3)))
+        weight_norm(cell, "weight")
+        assert str(summary(DEQ(cell, stopping=TIGHT), normal(0, 4, 3))) == plain
 
     def test_monotone(self) -> None:
         layer = MonotoneDEQ(MonotoneBlock(3, 5)).double()

@@ -83,12 +83,12 @@ def test_is_unbiased_for_every_sample(name: str, probes: int) -> None:
     draw = seeded(0)
     draws = torch.stack([
         jacobian_loss(problem.f, problem.exact, *problem.args, probes=probes, per_sample=True, generator=draw)
-        for _ in range(1500)
+        for _ in range(800)
     ])  # fmt: skip
-    error = draws.std(dim=0) / 1500**0.5
+    error = draws.std(dim=0) / 800**0.5
     assert (draws.mean(dim=0) - expected).abs().max() > 0
     assert ((draws.mean(dim=0) - expected).abs() <= 4 * error).all()
-    assert (error < 0.05 * expected).all()
+    assert (error < 0.08 * expected).all()
 
 
 def test_more_probes_have_less_variance() -> None:
@@ -163,6 +163,22 @@ class TestGradient:
         with torch.no_grad():
             difference = (loss(W + 1e-5 * direction) - loss(W - 1e-5 * direction)) / 2e-5
         assert (gradient * direction).sum().item() == pytest.approx(difference.item(), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning",
+                            "ignore:`torch._prims_common.check`:FutureWarning")  # fmt: skip
+def test_of_a_compiled_map() -> None:
+    """What torch.compile makes refuses a second derivative."""
+    layer = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double()
+    compiled = torch.compile(layer, backend="aot_eager")
+    z = normal(0, 2, 3)
+    assert torch.allclose(compiled(z), layer(z))
+    gradients = []
+    for f in (layer, compiled):
+        loss = jacobian_loss(f, z, generator=seeded(0))
+        gradients.append(torch.autograd.grad(loss, layer.get_parameter("0.weight"))[0])
+    assert torch.equal(*gradients)
+    torch._dynamo.reset()
 
 
 def test_under_no_grad_it_holds_no_graph() -> None:
