@@ -16,7 +16,7 @@ from problems import affine_map, jacobian, matmul, normal, normal_matrix, orthog
 from steps import Unlimited, iterates
 from torch import Tensor
 
-from equilibria import GMRES, Anderson, Broyden, NewtonKrylov, Picard, Status, Stopping, fixed_point
+from equilibria import GMRES, Anderson, Broyden, Implicit, NewtonKrylov, Picard, Status, Stopping, Unrolled, fixed_point
 from equilibria.stopping import l2
 
 SOLVERS: dict[str, Any] = {
@@ -98,6 +98,29 @@ class TestRates:
         errors = [float((z[0] - 0.7390851332151607).abs()) for z in found]
         assert errors[3] > 1e-9  # still above rounding, and far below the first
         assert math.log(errors[4]) / math.log(errors[3]) > 1.5
+
+
+class TestDerivativesOfIterates:
+    @pytest.mark.parametrize("name", [name for name in SOLVERS if name != "gmres"])
+    def test_tend_to_the_derivative_of_the_fixed_point(self, name: str, request: pytest.FixtureRequest) -> None:
+        """As the iterates do, to the last digits (Gilbert 1992, "Automatic differentiation and iterative processes")."""
+        if getattr(SOLVERS[name], "line_search", 0):
+            reason = "0 / 0 in the line search of a sample at rest: its gradient is NaN"
+            request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+        W, x = 0.7 * orthogonal(8), normal(0, 3, 8)
+        solvers = {name: SOLVERS[name], "newton, nearly exact": NewtonKrylov(forcing=1e-3)} if name == "newton" else {}
+
+        def gradient(rtol: float, solver: Any, adjoint: Any) -> Tensor:
+            weight = W.clone().requires_grad_()
+            stopping = Stopping(rtol=rtol, atol=0, max_evals=400)
+            z = fixed_point(tanh_map, 0 * x, weight, x, solver=solver, stopping=stopping, adjoint=adjoint).z
+            return torch.autograd.grad(z.square().sum(), weight)[0]
+
+        exact = gradient(1e-13, Picard(), Implicit(stopping=Stopping(rtol=1e-13, atol=0, max_evals=200)))
+        for solver in (SOLVERS[name], *solvers.values()):
+            for rtol in (1e-3, 1e-6, 1e-9, 1e-12, 1e-14):
+                error = (gradient(rtol, solver, Unrolled()) - exact).norm() / exact.norm()
+                assert error <= 100 * rtol + 1e-11, f"{solver}, rtol {rtol}"
 
 
 class TestFiniteTermination:
