@@ -69,6 +69,8 @@ OTHER_VALUES: dict[tuple[str, str], Any] = {
     ("Implicit", "stopping"): Stopping(max_evals=1),
     ("Phantom", "steps"): 3,
     ("Phantom", "damping"): 0.5,
+    ("Neumann", "terms"): 2,
+    ("ReversiblePicard", "damping"): 0.3,
 }
 
 
@@ -79,11 +81,14 @@ def has_defaults(kind: Any) -> bool:
     return bool(fields) and all(field.default is not missing or field.default_factory is not missing for field in fields)
 
 
+# What these change is no result, and tested with them: where a gradient is refused, how much memory is held.
+ELSEWHERE = {("Reversible", "tolerance"), ("Unrolled", "checkpoint")}
 OPTIONS = [
     (name, field.name)
     for name in equilibria.__all__
     if has_defaults(getattr(equilibria, name))
     for field in dataclasses.fields(getattr(equilibria, name))
+    if (name, field.name) not in ELSEWHERE
 ]
 
 

@@ -101,26 +101,41 @@ class TestRates:
 
 
 class TestDerivativesOfIterates:
-    @pytest.mark.parametrize("name", [name for name in SOLVERS if name != "gmres"])
-    def test_tend_to_the_derivative_of_the_fixed_point(self, name: str, request: pytest.FixtureRequest) -> None:
+    search = pytest.mark.xfail(strict=True, reason="0 / 0 in the line search of a sample at rest: the gradient is NaN")
+    whole = pytest.mark.xfail(
+        strict=True, reason="1 / 0 in the Arnoldi process of a full Krylov space: the gradient is NaN"
+    )
+
+    @pytest.mark.parametrize(
+        ("solver", "size"),
+        [
+            pytest.param(Picard(), 8, id="picard"),
+            pytest.param(Picard(damping=0.4), 8, id="picard damped"),
+            pytest.param(Anderson(history=3), 8, id="anderson"),
+            pytest.param(Anderson(history=3, damping=0.6), 8, id="anderson damped"),
+            pytest.param(Broyden(history=3), 8, id="broyden"),
+            pytest.param(Broyden(line_search=3), 4, id="line search", marks=search),
+            pytest.param(NewtonKrylov(), 8, id="newton"),
+            pytest.param(NewtonKrylov(forcing=1e-6), 4, id="newton in all of its space", marks=whole),
+            pytest.param(GMRES(), 4, id="gmres", marks=whole),
+        ],
+    )
+    def test_tend_to_the_derivative_of_the_fixed_point(self, solver: Any, size: int) -> None:
         """As the iterates do, to the last digits (Gilbert 1992, "Automatic differentiation and iterative processes")."""
-        if getattr(SOLVERS[name], "line_search", 0):
-            reason = "0 / 0 in the line search of a sample at rest: its gradient is NaN"
-            request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
-        W, x = 0.7 * orthogonal(8), normal(0, 3, 8)
-        solvers = {name: SOLVERS[name], "newton, nearly exact": NewtonKrylov(forcing=1e-3)} if name == "newton" else {}
+        W, x = 0.7 * orthogonal(size), normal(0, 3, size)
+        f = affine_map if isinstance(solver, GMRES) else tanh_map
 
         def gradient(rtol: float, solver: Any, adjoint: Any) -> Tensor:
             weight = W.clone().requires_grad_()
             stopping = Stopping(rtol=rtol, atol=0, max_evals=400)
-            z = fixed_point(tanh_map, 0 * x, weight, x, solver=solver, stopping=stopping, adjoint=adjoint).z
+            z = fixed_point(f, 0 * x, weight, x, solver=solver, stopping=stopping, adjoint=adjoint).z
             return torch.autograd.grad(z.square().sum(), weight)[0]
 
         exact = gradient(1e-13, Picard(), Implicit(stopping=Stopping(rtol=1e-13, atol=0, max_evals=200)))
-        for solver in (SOLVERS[name], *solvers.values()):
-            for rtol in (1e-3, 1e-6, 1e-9, 1e-12, 1e-14):
-                error = (gradient(rtol, solver, Unrolled()) - exact).norm() / exact.norm()
-                assert error <= 100 * rtol + 1e-11, f"{solver}, rtol {rtol}"
+        for rtol in (1e-3, 1e-6, 1e-9, 1e-12, 1e-14):
+            error = (gradient(rtol, solver, Unrolled()) - exact).norm() / exact.norm()
+            # Rounding, times the condition of the small systems of Anderson and Broyden, which is squared in a derivative.
+            assert error <= 100 * rtol + 1e-8, f"rtol {rtol}"
 
 
 class TestFiniteTermination:

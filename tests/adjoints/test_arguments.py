@@ -99,6 +99,7 @@ class Block(nn.Module):
         self.inner = nn.Linear(4, 4).double()
         with torch.no_grad():
             self.inner.weight.copy_(W)
+            self.inner.bias.zero_()
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         return torch.tanh(self.inner(z) + x)
