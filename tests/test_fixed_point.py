@@ -272,6 +272,7 @@ class TestMisuse:
             (lambda: NewtonKrylov(forcing=1.0), r"NewtonKrylov\(forcing=1.0\): forcing must lie in \[0, 1\), or be None"),
             (lambda: NewtonKrylov(line_search=-1), r"NewtonKrylov\(line_search=-1\): line_search must be an integer >= 0"),
             (lambda: GMRES(restart=0), r"GMRES\(restart=0\): restart must be an integer >= 1"),
+            (lambda: GMRES(keep=-1), r"GMRES\(keep=-1\): keep must be an integer >= 0"),
         ],
     )
     def test_options_out_of_range(self, make: Any, words: str) -> None:

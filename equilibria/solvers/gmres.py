@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,16 +13,26 @@ from equilibria.stopping import l2
 
 @dataclass(frozen=True, kw_only=True)
 class GMRESState(State):
+    start: Tensor
+    """(B, D) z0."""
+    f_start: Tensor
+    """(B, D) f(z0)."""
+    reach: Tensor
+    """(B, 1) ‖z0‖₂ + ‖f(z0)‖₂, the distance from z0 at which f is evaluated."""
     origin: Tensor
     """(B, D) the z this cycle started from."""
-    f_origin: Tensor
-    """(B, D) f(origin)."""
     beta: Tensor
     """(B, 1) ‖f(origin) - origin‖₂."""
+    moved: Tensor
+    """(B, D) z - origin, before z was rounded."""
+    kept: Tensor
+    """(B, c, D) corrections of the last cycles, from the latest on."""
+    products: Tensor
+    """(B, c, D) (I - A) applied to them, of length 1; 0 where a cycle achieved nothing."""
     basis: Tensor
-    """(B, m + 1, D) orthonormal rows spanning the Krylov space; the first is the residual at the origin over beta."""
+    """(B, c + m + 1, D) orthonormal rows; the first is the residual at the origin over beta, then c span the products."""
     hessenberg: Tensor
-    """(B, m + 1, m) the operator I - A in that basis."""
+    """(B, c + m + 1, c + m) in that basis, (I - A) applied to the corrections kept and to the Krylov vectors."""
     size: int
     """Columns of the Hessenberg matrix filled so far in this cycle."""
 
@@ -31,13 +41,18 @@ class GMRESState(State):
 class GMRES:
     """Restarted GMRES for z = f(z) = A z + b: the z in origin + Krylov space with the smallest residual.
 
-    Each sample has a Krylov space of its own. A v is had from f alone, as (f(origin + β v) - f(origin)) / β. A step costs
-    one evaluation of f; every `restart` steps a new cycle starts at the present z with f evaluated there. Within a cycle
-    f(z) is had by the Arnoldi relation, so the residual is exact up to rounding for an affine f and meaningless for any
-    other; `fixed_point` checks it before it returns.
+    Each sample has a Krylov space of its own. A v is had from f alone, as (f(z0 + ρ v) - f(z0)) / ρ with a large ρ, so that
+    rounding is small wherever the solve has got to. A step costs one evaluation of f; every `restart` steps a new cycle
+    starts at the present z with f evaluated there. Within a cycle f(z) is had by the Arnoldi relation, so the residual is
+    exact up to rounding for an affine f and meaningless for any other; `fixed_point` checks it before it returns.
+
+    What a restart forgets, above all the slow directions of a system that is nearly singular, the corrections of the last
+    `keep` cycles remember: they widen the next space, at no evaluation, for (I - A) applied to a correction is how much the
+    residual fell by it. Memory is restart + 8 states, and 2 · keep more once there was a restart.
 
     Source: Saad and Schultz 1986, "GMRES: a generalized minimal residual algorithm for solving nonsymmetric linear
-    systems".
+    systems"; corrections kept as in Hicken and Zingg 2010, "A simplified and flexible variant of GCROT for solving
+    nonsymmetric linear systems".
 
     >>> import torch
     >>> from equilibria import fixed_point
@@ -45,39 +60,65 @@ class GMRES:
     """
 
     restart: int = 20
+    """Evaluations in a cycle, and Krylov vectors held."""
+    keep: int = 2
+    """Corrections of past cycles that widen the space."""
 
     def __post_init__(self) -> None:
         check_count("GMRES", "restart", self.restart, 1)
+        check_count("GMRES", "keep", self.keep, 0)
 
     def init(self, f: Map, z0: Tensor) -> GMRESState:
-        return self._cycle(f, z0)
-
-    def _cycle(self, f: Map, z: Tensor) -> GMRESState:
-        fz = f(z)
-        g = difference(fz, z)
+        fz = f(z0)
+        g = difference(fz, z0)
         beta, basis, hessenberg = krylov_space(g, self.restart)
+        nothing = g.new_zeros(len(g), 0, g.shape[1])
         return GMRESState(
-            z=z, fz=fz, g=g, origin=z, f_origin=fz, beta=beta, basis=basis, hessenberg=hessenberg, size=0
+            z=z0, fz=fz, g=g, start=z0, f_start=fz, reach=(l2(z0) + l2(fz)).unsqueeze(1), origin=z0, beta=beta,
+            moved=torch.zeros_like(g), kept=nothing, products=nothing, basis=basis, hessenberg=hessenberg, size=0,
         )  # fmt: skip
 
     def step(self, f: Map, state: GMRESState) -> GMRESState:
-        if state.size == self.restart:
-            return self._cycle(f, state.z)
-        k, dtype = state.size, state.g.dtype
+        k, count, dtype = state.size, state.kept.shape[1], state.g.dtype
+        if k == count + self.restart:
+            return self._cycle(f, state)
         origin = state.origin.to(dtype)
-        v = state.basis[:, k]
-        moved = f((origin + state.beta * v).to(state.z.dtype))
-        inverse_beta = torch.where(state.beta > 0, state.beta.reciprocal(), 0.0)
-        w = v - (moved - state.f_origin).to(dtype) * inverse_beta  # (I - A) v
+        v = state.basis[:, k if k > count else 0]  # the first Krylov vector is the first of the basis
+        f_there = f((state.start.to(dtype) + state.reach * v).to(state.z.dtype))
+        inverse = torch.where(state.reach > 0, state.reach.reciprocal(), 0.0)
+        w = v - (f_there - state.f_start).to(dtype) * inverse  # (I - A) v
         basis, hessenberg = arnoldi(state.basis, state.hessenberg, k, w)
         y, rest = least_squares(hessenberg[:, : k + 2, : k + 1])
-        weights = torch.stack((torch.nn.functional.pad(y, (0, 1)), rest), dim=1) * state.beta.unsqueeze(2)  # (B, 2, k+2)
-        step, g = torch.bmm(weights, basis[:, : k + 2]).unbind(1)
-        z = (origin + step).to(state.z.dtype)
-        fz = (origin + step + g).to(state.z.dtype)
-        return GMRESState(
-            z=z, fz=fz, g=g, origin=state.origin, f_origin=state.f_origin, beta=state.beta,
-            basis=basis, hessenberg=hessenberg, size=k + 1,
+        of_basis = torch.cat((y[:, count : count + 1], torch.zeros_like(y[:, :count]), y[:, count + 1 :]), dim=1)
+        weights = torch.stack((torch.nn.functional.pad(of_basis, (0, 1)), rest), dim=1) * state.beta.unsqueeze(2)
+        moved, g = torch.bmm(weights, basis[:, : k + 2]).unbind(1)
+        if count:
+            moved = combine(moved, -state.beta * y[:, :count], state.kept)
+        z = (origin + moved).to(state.z.dtype)
+        fz = (origin + moved + g).to(state.z.dtype)
+        return replace(state, z=z, fz=fz, g=g, moved=moved, basis=basis, hessenberg=hessenberg, size=k + 1)
+
+    def _cycle(self, f: Map, state: GMRESState) -> GMRESState:
+        """A new cycle from the present z, which remembers the correction of the last."""
+        kept, products = state.kept, state.products
+        if self.keep:
+            fall = state.beta * state.basis[:, 0] - state.g  # (I - A) moved
+            length = l2(fall).unsqueeze(1)
+            useful = length > torch.finfo(fall.dtype).eps ** 0.5 * state.beta  # else it is made of rounding errors
+            scale = torch.where(useful, length, 1.0).reciprocal() * useful
+            kept = torch.cat(((scale * state.moved).unsqueeze(1), kept), dim=1)[:, : self.keep]
+            products = torch.cat(((scale * fall).unsqueeze(1), products), dim=1)[:, : self.keep]
+        count = kept.shape[1]
+        fz = f(state.z)
+        g = difference(fz, state.z)
+        beta, basis, hessenberg = krylov_space(g, count + self.restart)
+        for j in range(count):
+            basis, hessenberg = arnoldi(basis, hessenberg, j, products[:, j])
+            # A column of zeros would make the small system singular; a row of its own leaves its coefficient at 0.
+            hessenberg[:, j + 1, j] += products[:, j].eq(0).all(dim=1)
+        return replace(
+            state, fz=fz, g=g, origin=state.z, beta=beta, moved=torch.zeros_like(g), kept=kept, products=products,
+            basis=basis, hessenberg=hessenberg, size=count,
         )  # fmt: skip
 
 
@@ -94,9 +135,9 @@ def krylov_space(r: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def arnoldi(basis: Tensor, hessenberg: Tensor, k: int, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Arnoldi's step: both with one vector more, where w (B, D) is the operator applied to vector k of the basis.
+    """Arnoldi's step: both with one vector more, where w (B, D) is the operator applied to direction k of the space.
 
-    The vector is 0 where the space cannot grow, since it holds the solution already.
+    The vector is 0 where w lies in the span of the others: the space cannot grow, for it holds the solution already.
     """
     column, w = _orthogonalise(basis[:, : k + 1], w)
     norm = l2(w).unsqueeze(1)
