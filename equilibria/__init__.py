@@ -5,7 +5,7 @@
 >>> z, stats = eq.fixed_point(lambda z, x: torch.tanh(0.5 * z + x), torch.zeros_like(x), x)
 """
 
-from equilibria.adjoints import Implicit, Neumann, Phantom, Reversible, Unrolled
+from equilibria.adjoints import Implicit, Neumann, Phantom, Reversible, Shine, Unrolled
 from equilibria.fixed_point import fixed_point
 from equilibria.nn.deq import DEQ
 from equilibria.solution import (
@@ -41,6 +41,7 @@ __all__ = [
     "ReconstructionError",
     "Reversible",
     "ReversiblePicard",
+    "Shine",
     "Solution",
     "Stats",
     "Status",

@@ -55,18 +55,19 @@ class Forward:
         self.what = what
         self.evaluations = 0
         self.backward: list[Stats] = []
+        self.search: Search = iterate
 
     def probe(self, f: DeclaredFunction, z0: Tensor, args: Sequence[Tensor], *, check_grad: bool) -> Tensor:
         """f(z0), with the checks that f is deterministic and declares what it uses; it counts as an evaluation."""
         self.evaluations += 1
         return f.probe(z0, *args, check_grad=check_grad)
 
-    def __call__(self, f: Function, z0: Tensor, fz0: Tensor, args: Sequence[Tensor], search: Search = iterate) -> Solved:
+    def __call__(self, f: Function, z0: Tensor, fz0: Tensor, args: Sequence[Tensor]) -> Solved:
         """Solve from z0, where f(z0) is known to be fz0."""
         confirm = isinstance(self.solver, GMRES) and not self.affine
         budgeted = BudgetedMap(f, args, self.stopping.max_evals - confirm, f.dims, known=fz0)
         budgeted.evaluations = self.evaluations
-        solved = search(self.solver, budgeted, z0, self.stopping)
+        solved = self.search(self.solver, budgeted, z0, self.stopping)
         self.evaluations = budgeted.evaluations
         # What was given may belong to the caller, and an autograd function must not return it.
         if solved.z is z0 or solved.z is fz0:

@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from equilibria.adjoints.adjoint import DeclaredFunction, Forward
-from equilibria.adjoints.implicit_function import LinearSystem, fixed_point_of
+from equilibria.adjoints.implicit_function import LinearSystem, fixed_point_of, linear_run
 from equilibria.iterate import Solved
-from equilibria.solution import NonFiniteError
 from equilibria.solvers import GMRES, Solver
 from equilibria.solvers.solver import check_choice
 from equilibria.stopping import Stopping
@@ -54,11 +53,4 @@ class Implicit:
         return fixed_point_of(self, f, z0, args, forward)
 
     def linear(self, system: LinearSystem) -> Tensor:
-        run = Forward(self.solver, self.stopping, raise_nonfinite=True, affine=True, what="backward solve")
-        try:
-            return system.solve(self, run)
-        except NonFiniteError as error:
-            if bool(system.g.isfinite().all()):
-                raise
-            fault = "the gradient that reaches the fixed point is already inf or NaN: the fault lies in the loss or between"
-            raise NonFiniteError(fault, error.solution) from None
+        return system.solve(self, linear_run(self.solver, self.stopping))

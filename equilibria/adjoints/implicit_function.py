@@ -17,6 +17,9 @@ from equilibria.adjoints.adjoint import DeclaredFunction, Forward, Function
 from equilibria.compiled import recorded_to_stay
 from equilibria.iterate import Solved
 from equilibria.products import linearize
+from equilibria.solution import NonFiniteError
+from equilibria.solvers import Solver
+from equilibria.stopping import Stopping
 from equilibria.transforms import (
     differentiating,
     forward_modes,
@@ -44,17 +47,25 @@ class LinearSystem:
     def solve(self, rule: Rule, run: Forward, u0: Tensor | None = None, fu0: Tensor | None = None) -> Tensor:
         """u, by the solver of `run`; what it cost is reported to the solution that is differentiated."""
         start, known = (torch.zeros_like(self.g), self.g) if u0 is None or fu0 is None else (u0, fu0)
-        if self.recorded:
-            solved = run(self.f, start, known, self.args)
-        else:
-            solved = implicit(rule, self.f, run, start, known, self.args)
-        self.report(run, solved)
-        return solved.z
-
-    def report(self, run: Forward, solved: Solved) -> None:
+        try:
+            if self.recorded:
+                solved = run(self.f, start, known, self.args)
+            else:
+                solved = implicit(rule, self.f, run, start, known, self.args)
+        except NonFiniteError as error:
+            if bool(self.g.isfinite().all()):
+                raise
+            fault = "the gradient that reaches the fixed point is already inf or NaN: the fault lies in the loss or between"
+            raise NonFiniteError(fault, error.solution) from None
         if not hides_batch():
             plain = Solved(*map(without_derivatives, solved))
             self.forward.backward.append(run.stats(plain))
+        return solved.z
+
+
+def linear_run(solver: Solver[Any], stopping: Stopping) -> Forward:
+    """Runs the solve of a linear system."""
+    return Forward(solver, stopping, raise_nonfinite=True, affine=True, what="backward solve")
 
 
 class Rule(Protocol):

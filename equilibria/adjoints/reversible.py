@@ -90,7 +90,8 @@ class _Reversible(torch.autograd.Function):
         ctx: Any, adjoint: Reversible, damping: float, f: Function, forward: Forward, fz0: Tensor, z0: Tensor, *args: Tensor
     ) -> Any:
         best = _Best()
-        solved = forward(f, z0, fz0, args, search=partial(iterate, watch=best))
+        forward.search = partial(iterate, watch=best)
+        solved = forward(f, z0, fz0, args)
         ctx.adjoint, ctx.f, ctx.damping = adjoint, f, damping
         ctx.mark_non_differentiable(*solved[1:])
         ctx.set_materialize_grads(False)

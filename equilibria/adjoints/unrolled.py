@@ -49,7 +49,8 @@ class Unrolled:
             raise NotImplementedError(
                 "Unrolled(checkpoint=True) does not work inside torch.func transforms; use Unrolled() or Implicit()"
             )
-        return forward(f, z0, fz0, args, search=_in_segments)
+        forward.search = _in_segments
+        return forward(f, z0, fz0, args)
 
 
 def _in_segments(solver: Solver[Any], f: BudgetedMap, z0: Tensor, stopping: Stopping) -> Solved:

@@ -31,6 +31,12 @@ class AndersonState(State):
     age: int
     """Pairs stored so far."""
 
+    def pull(self, g: Tensor) -> Tensor:
+        """gᵀ H = gᵀ - (ΔF g)ᵀ (ΔG ΔGᵀ)⁻¹ ΔG."""
+        lengths = self.gram.diagonal(dim1=1, dim2=2).sqrt()
+        gamma = solve_scaled(self.gram, dots(self.df, g), lengths, 10 * torch.finfo(g.dtype).eps)
+        return combine(g, gamma, self.dg)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Anderson:

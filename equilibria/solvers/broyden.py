@@ -25,6 +25,11 @@ class BroydenState(State):
     age: int
     """Pairs stored so far."""
 
+    def pull(self, g: Tensor) -> Tensor:
+        """gᵀ H = gᵀ - (ΔF g)ᵀ (L + S Yᵀ)⁻¹ S."""
+        gamma = solve_scaled(self.core.mT, dots(self.df, g), self.lengths)
+        return combine(g, gamma, self.s)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Broyden:

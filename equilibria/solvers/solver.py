@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -46,6 +46,15 @@ class State:
         """The state of some samples alone."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{k: v.index_select(0, rows) for k, v in tensors.items() if isinstance(v, Tensor)})
+
+
+@runtime_checkable
+class InverseEstimate(Protocol):
+    """A state that knows an estimate H of (I - J)⁻¹: the step that its solver would take is g H."""
+
+    def pull(self, g: Tensor) -> Tensor:
+        """gᵀ H for every sample, (B, D) -> (B, D)."""
+        ...
 
 
 S = TypeVar("S", bound=State)
