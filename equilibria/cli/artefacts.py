@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -65,7 +65,8 @@ def _plot(run: LoadedRun, corpus: Corpus) -> None:
         budget=config.solver.max_evals,
         twin_depth=config.twin_depth if config.wants_twin else None,
     )
-    traces = {method: _trace(run.model(method=method, trace=True), run, corpus) for method in get_args(MethodName)}
+    compared: set[MethodName] = {"anderson", "broyden", "picard", config.solver.method}
+    traces = {method: _trace(run.model(method=method, trace=True), run, corpus) for method in sorted(compared)}
     rtol = eval_stopping(config.solver).rtol
     plot_residual(plots / "residual.png", traces, chosen=config.solver.method, rtol=rtol)
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
 from equilibria.nn.dropout import FrozenDropout
 from equilibria.nn.relative_attention import relative_attention, relative_mask, sinusoidal_positions
@@ -129,7 +128,7 @@ class TransformerBlock(nn.Module):
         self._initialise(init_std)
         if weight_norm:  # after the initialisation, which would otherwise write to a derived tensor and be lost
             for linear in self._linears():
-                parametrizations.weight_norm(linear, dim=0)
+                parametrizations.weight_norm(linear)
 
     def _linears(self) -> tuple[nn.Linear, ...]:
         return (self.qkv, self.position, self.attention_out, self.ff_in, self.ff_out)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import assert_never
 
-from equilibria.adjoints import Adjoint, Implicit, Phantom, Unrolled
+from equilibria.adjoints import Adjoint, Implicit, Neumann, Phantom, Reversible, Shine, Unrolled
 from equilibria.data import Corpus, load_corpus
 from equilibria.models.deq_transformer import DEQTransformerLM, TransformerConfig
 from equilibria.solution import UserError
-from equilibria.solvers import GMRES, Anderson, Broyden, Picard, Solver
+from equilibria.solvers import GMRES, Anderson, Broyden, NewtonKrylov, Picard, ReversiblePicard, Solver
 from equilibria.stopping import Stopping
 from equilibria.train.config import DataConfig, MethodName, RunConfig, SolveConfig
 
@@ -26,8 +26,12 @@ def build_solver(config: SolveConfig, method: MethodName | None = None) -> Solve
             return Anderson(history=config.history, damping=config.damping)
         case "broyden":
             return Broyden(history=config.history)
+        case "newton-krylov":
+            return NewtonKrylov()
         case "picard":
             return Picard(damping=config.damping)
+        case "reversible":
+            return ReversiblePicard(damping=config.damping)
         case name:
             assert_never(name)
 
@@ -38,10 +42,18 @@ def build_adjoint(config: SolveConfig) -> Adjoint:
         case "implicit":
             stopping = Stopping(rtol=config.backward_rtol, max_evals=config.backward_max_evals)
             return Implicit(solver=GMRES(), stopping=stopping)
+        case "shine":
+            return Shine(rtol=config.backward_rtol, refine=config.backward_max_evals - 1)
+        case "neumann":
+            return Neumann(terms=config.phantom_steps)
         case "phantom":
             return Phantom(steps=config.phantom_steps)
         case "unrolled":
             return Unrolled()
+        case "checkpointed":
+            return Unrolled(checkpoint=True)
+        case "reversible":
+            return Reversible()
         case name:
             assert_never(name)
 

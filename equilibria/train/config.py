@@ -20,8 +20,8 @@ from equilibria.models.deq_transformer import TransformerShape
 from equilibria.solution import UserError
 
 CorpusName = Literal["python-docs", "wikitext-2", "penn-treebank", "text"]
-MethodName = Literal["anderson", "broyden", "picard"]
-BackwardName = Literal["implicit", "phantom", "unrolled"]
+MethodName = Literal["anderson", "broyden", "newton-krylov", "picard", "reversible"]
+BackwardName = Literal["implicit", "shine", "neumann", "phantom", "unrolled", "checkpointed", "reversible"]
 
 
 def _check(condition: bool, option: str, value: object, remedy: str) -> None:
@@ -64,7 +64,7 @@ class SolveConfig:
     history: int = 5
     """Past steps that Anderson or Broyden keeps."""
     damping: float = 1.0
-    """Length of a step of Picard or Anderson; 1 is the full step."""
+    """Length of a step of Picard or Anderson; 1 is the full step. Of the reversible iteration: its β, below 1."""
     rtol: float = 1e-2
     """A sample has converged when ‖f(z) - z‖ <= atol + rtol ‖f(z)‖."""
     atol: float = 1e-6
@@ -76,25 +76,36 @@ class SolveConfig:
     eval_max_evals: int | None = None
     """The budget of evaluations outside training; None: as in training."""
     backward: BackwardName = "implicit"
-    """implicit: solve the linear system of the implicit function theorem; phantom: differentiate a few last steps;
-    unrolled: through the whole solve."""
+    """implicit: solve the linear system of the implicit function theorem; shine: from what Anderson or Broyden learnt;
+    neumann: the first terms of its series; phantom: differentiate a few last steps; unrolled: the whole solve, or
+    checkpointed, in less memory; reversible: walk the reversible method back."""
     backward_rtol: float = 1e-2
-    """Relative tolerance of the implicit backward solve."""
+    """Relative tolerance of the backward solve, for implicit and shine."""
     backward_max_evals: int = 16
-    """Vector-Jacobian products that one backward solve may spend."""
+    """Vector-Jacobian products that one backward solve may spend, for implicit and shine."""
     phantom_steps: int = 1
-    """Steps that the phantom gradient differentiates."""
+    """Steps that the phantom gradient differentiates, or terms of neumann."""
     jacobian_weight: float = 0.0
     """Weight of the Jacobian loss, which keeps solves short as training goes on; 0 for none."""
     jacobian_share: float = 0.4
     """Share of the steps, drawn at random, that the Jacobian loss is added to."""
+    jacobian_increment: float = 0.1
+    """Added to the weight every --jacobian-every steps."""
+    jacobian_every: int | None = None
+    """Steps between two increments of the weight; None: it stays."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "history", "max_evals", "eval_max_evals", "backward_max_evals", "phantom_steps")
-        _check_positive(self, "rtol", "eval_rtol", "backward_rtol")
-        _check_not_negative(self, "atol", "jacobian_weight")
+        _check_positive(self, "rtol", "eval_rtol", "backward_rtol", "jacobian_every")
+        _check_not_negative(self, "atol", "jacobian_weight", "jacobian_increment")
         _check(0 <= self.jacobian_share <= 1, "jacobian_share", self.jacobian_share, "give a share between 0 and 1")
         _check(0 < self.damping <= 2, "damping", self.damping, "give a number above 0 and at most 2")
+        if self.method == "reversible":
+            _check(self.damping < 1, "damping", self.damping, "the reversible method needs one below 1, such as 0.5")
+        undone = self.backward != "reversible" or self.method == "reversible"
+        _check(undone, "backward", self.backward, f"give --method reversible as well, for {self.method} cannot be undone")
+        learns = self.backward != "shine" or self.method in ("anderson", "broyden")
+        _check(learns, "backward", self.backward, f"give --method anderson or broyden, for {self.method} learns nothing")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,12 @@ import math
 import time
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from equilibria.data import Corpus, OrderedBatches
 from equilibria.models.block import Memory
+from equilibria.regularizers import JacobianSchedule
 from equilibria.solution import NonFiniteError, UserError
 from equilibria.train import checkpoint
 from equilibria.train.config import RunConfig, to_json
@@ -66,6 +66,13 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.batches = OrderedBatches(
             corpus.train.tokens, config.optim.batch_size, config.optim.length, self.accelerator.device
+        )
+        self.jacobian_weight = JacobianSchedule(
+            weight=config.solver.jacobian_weight,
+            share=config.solver.jacobian_share if config.solver.jacobian_weight else 0.0,
+            increment=config.solver.jacobian_increment,
+            every=config.solver.jacobian_every,
+            seed=config.seed,
         )
         self.state = TrainState()
         self.memory: Memory | None = None
@@ -122,15 +129,15 @@ class Trainer:
     def _step(self) -> None:
         """One optimizer step, on `accumulate` consecutive segments."""
         started = time.perf_counter()
-        depth = self._depth()
+        depth, weight = self._depth(), self.jacobian_weight(self.state.step)
         for _ in range(self.config.optim.accumulate):
             tokens, targets = self._next_segment()  # (B, L) each
             with self.accelerator.accumulate(self.model):
-                output = self.model(tokens, targets, self.memory, depth=depth, jacobian=self._regularized())
+                output = self.model(tokens, targets, self.memory, depth=depth, jacobian=weight > 0)
                 loss = output.nll.mean()
                 value = _finite(loss, "the loss")
                 if output.jacobian is not None:
-                    loss = loss + self.config.solver.jacobian_weight * output.jacobian
+                    loss = loss + weight * output.jacobian
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
@@ -145,11 +152,6 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.window.seconds += seconds
         self.state.train_seconds += seconds
-
-    def _regularized(self) -> bool:
-        """Whether this segment's loss gets the Jacobian loss; drawn from the random state that checkpoints keep."""
-        solver = self.config.solver
-        return solver.jacobian_weight > 0 and float(torch.rand(())) < solver.jacobian_share
 
     def _next_segment(self) -> tuple[Tensor, Tensor]:
         state = self.state

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from equilibria.adjoints import Implicit, Phantom, Unrolled
+from equilibria.adjoints import Implicit, Neumann, Phantom, Reversible, Shine, Unrolled
 from equilibria.recipes import RECIPES
 from equilibria.recipes.build import (
     build_adjoint,
@@ -17,8 +18,8 @@ from equilibria.recipes.build import (
     trace_stopping,
 )
 from equilibria.solution import UserError
-from equilibria.solvers import Anderson, Broyden, Picard
-from equilibria.train.config import DataConfig, ModelConfig, RunConfig, SolveConfig
+from equilibria.solvers import Anderson, Broyden, Picard, ReversiblePicard
+from equilibria.train.config import BackwardName, DataConfig, MethodName, ModelConfig, RunConfig, SolveConfig
 
 TINY = RunConfig(recipe="text", model=ModelConfig(d_model=8, n_head=2, d_inner=8, mem_len=4))
 
@@ -54,6 +55,25 @@ def test_strings_become_adjoints():
     assert (adjoint.stopping.rtol, adjoint.stopping.max_evals) == (0.1, 7)
     assert build_adjoint(SolveConfig(backward="phantom", phantom_steps=3)) == Phantom(steps=3)
     assert build_adjoint(SolveConfig(backward="unrolled")) == Unrolled()
+    assert build_adjoint(SolveConfig(backward="checkpointed")) == Unrolled(checkpoint=True)
+    assert build_adjoint(SolveConfig(backward="neumann", phantom_steps=4)) == Neumann(terms=4)
+    shine = build_adjoint(SolveConfig(backward="shine", backward_rtol=0.1, backward_max_evals=7))
+    assert shine == Shine(rtol=0.1, refine=6)
+    reversible = SolveConfig(method="reversible", backward="reversible", damping=0.4)
+    assert (build_solver(reversible), build_adjoint(reversible)) == (ReversiblePicard(damping=0.4), Reversible())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "reversible"}, r"--damping is 1.0; the reversible method needs one below 1"),
+        ({"backward": "reversible"}, r"--backward is reversible; give --method reversible as well"),
+        ({"backward": "shine", "method": "picard"}, r"--backward is shine; give --method anderson or broyden"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options: dict[str, Any], words: str):
+    with pytest.raises(UserError, match=words):
+        SolveConfig(**options)
 
 
 def test_evaluation_has_its_own_budget_if_given():
@@ -63,16 +83,22 @@ def test_evaluation_has_its_own_budget_if_given():
     assert (own.rtol, own.max_evals) == (0.2, 90)
 
 
-@pytest.mark.parametrize("backward", ["implicit", "phantom", "unrolled"])
-@pytest.mark.parametrize("method", ["anderson", "broyden", "picard"])
-def test_every_combination_trains(method: str, backward: str):
-    solver = dataclasses.replace(TINY.solver, method=method, backward=backward, max_evals=6)
+COMBINATIONS = [
+    *((method, backward) for method in get_args(MethodName) for backward in ("implicit", "neumann", "phantom", "unrolled")),
+    ("anderson", "shine"), ("broyden", "shine"), ("anderson", "checkpointed"), ("reversible", "reversible"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "backward"), COMBINATIONS)
+def test_every_combination_trains(method: MethodName, backward: BackwardName):
+    damping = 0.5 if method == "reversible" else 1.0
+    solver = dataclasses.replace(TINY.solver, method=method, backward=backward, max_evals=6, damping=damping)
     model = build_model(dataclasses.replace(TINY, solver=solver), 20)
     tokens = torch.arange(10).view(2, 5)
     output = model(tokens, tokens + 1)
     output.nll.mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    assert len(output.stats[0].backward) == (backward == "implicit")
+    assert len(output.stats[0].backward) == (backward in ("implicit", "shine"))
     assert output.stats[0].evaluations <= 6
 
 

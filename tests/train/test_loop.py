@@ -173,7 +173,7 @@ def test_killed_run_repeats_the_steps_after_its_checkpoint(make: Make, whole: Tr
     assert losses(resumed) == losses(whole)
 
 
-def test_jacobian_loss_is_drawn_from_the_stored_random_state(make: Make):
+def test_jacobian_loss_is_added_at_the_same_steps_when_resumed(make: Make):
     config = dataclasses.replace(
         with_optim(steps=8, pretrain_steps=0),
         solver=dataclasses.replace(CONFIG.solver, jacobian_weight=1.0, jacobian_share=0.5),
