@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from equilibria.nn import parametrizations
 from equilibria.nn.dropout import FrozenDropout
 from equilibria.nn.relative_attention import relative_attention, relative_mask, sinusoidal_positions
 
