@@ -28,7 +28,8 @@ class DEQ(nn.Module):
     - `batch_dims`: one entry per arg, the dimension that carries the batch or None (see `fixed_point`).
 
     Tensors under `torch.nn.utils.parametrize` (weight norm, spectral norm, your own) are computed once per solve, before
-    `prepare`, and keep that value in every evaluation, forward and backward; gradients flow through them.
+    `prepare`, and keep that value in every evaluation, forward and backward; gradients flow through them. A block with such
+    tensors that solves another equilibrium inside does so by a DEQ, not by `fixed_point`.
 
     `torch.save(deq, file)` works with parametrised blocks too, which torch by itself refuses to save as a whole. A file
     that is to be trusted less is better made of `deq.state_dict()`, loaded with `weights_only=True`.

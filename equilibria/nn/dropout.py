@@ -47,7 +47,9 @@ class FrozenDropout(nn.Module):
 
     def __init__(self, p: float, shared_dims: Sequence[int] = ()) -> None:
         super().__init__()
-        self.p = check_probability(p)
+        if not 0.0 <= p < 1.0:
+            raise ValueError(f"p is {p}; the probability of dropping an entry must be at least 0 and below 1")
+        self.p = p
         self.shared_dims = tuple(shared_dims)
 
     def mask(self, like: Tensor, shape: Sequence[int] | None = None) -> Tensor | None:
@@ -69,9 +71,3 @@ class FrozenDropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}, shared_dims={self.shared_dims}"
-
-
-def check_probability(p: float) -> float:
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"p is {p}; the probability of dropping an entry must be at least 0 and below 1")
-    return p

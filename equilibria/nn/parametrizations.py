@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from equilibria.nn.dropout import check_probability
+from equilibria.nn.dropout import FrozenDropout
 from equilibria.nn.pickling import make_picklable
 from equilibria.transforms import transformed, without_derivatives
 
@@ -191,16 +191,13 @@ class DropConnect(nn.Module):
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        self.p = check_probability(p)
+        self.drop = FrozenDropout(p)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return F.dropout(weight, self.p, self.training)
+        return self.drop(weight, self.drop.mask(weight))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
 
 
 def _iterate(matrix: Tensor, u: Tensor, steps: int) -> Tensor:
