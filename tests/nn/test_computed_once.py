@@ -185,6 +185,14 @@ class TestOnce:
         assert close(found, expected)
         assert again is not block.inner.weight
 
+    def test_a_backward_pass_leaves_nothing_in_the_cache_of_torch(self) -> None:
+        block = Block(own(Counting))
+        z = solver(block)(X).z
+        with parametrize.cached():
+            z.sum().backward()
+            (gradient,) = torch.autograd.grad(block.inner.weight.sum(), block.inner.parametrizations.weight.original)
+        assert torch.allclose(gradient, torch.cos(block.inner.parametrizations.weight.original))
+
     def test_power_iteration_advances_once_per_training_solve(self) -> None:
         block, twin = (Block(lambda linear: torch_parametrizations.spectral_norm(linear)) for _ in range(2))
         twin.load_state_dict(block.state_dict())
