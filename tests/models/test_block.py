@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils import parametrizations
 from torch.utils._pytree import tree_map
 
 from equilibria import Anderson, Implicit, Picard, Stopping, Unrolled, fixed_point
 from equilibria.models.block import DropoutMasks, KeysValues, Memory, TransformerBlock
+from equilibria.nn import parametrizations
 from equilibria.nn.deq import DEQ
 from equilibria.nn.relative_attention import sinusoidal_positions
 
@@ -117,8 +117,8 @@ def test_weight_norm_is_computed_once_per_solve(monkeypatch):
     block = make(weight_norm=True)
     _, u, past = draw()
     calls = []
-    original = parametrizations._WeightNorm.forward
-    monkeypatch.setattr(parametrizations._WeightNorm, "forward", lambda self, *gv: calls.append(1) or original(self, *gv))
+    original = parametrizations.WeightNorm.forward
+    monkeypatch.setattr(parametrizations.WeightNorm, "forward", lambda self, *gv: calls.append(1) or original(self, *gv))
     z, stats = DEQ(block, stopping=TIGHT)(u, past)
     z.sum().backward()
     assert stats.evaluations > 5

@@ -99,7 +99,7 @@ def test_every_combination_trains(method: MethodName, backward: BackwardName):
     output.nll.mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert len(output.stats[0].backward) == (backward in ("implicit", "shine"))
-    assert output.stats[0].evaluations <= 6
+    assert output.stats[0].evaluations <= 6 + (backward == "phantom")  # whose step comes on top of the solve
 
 
 def test_traced_model_shows_its_solves():
