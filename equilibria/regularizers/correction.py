@@ -33,7 +33,7 @@ class Recording:
     """A solver that takes the steps of another and keeps z after some of them, without gradient.
 
     It is good for one solve at a time: the next one overwrites what the last one kept. `states` then attaches what was kept
-    to autograd. No evaluation is added to the solve.
+    to autograd. No evaluation is added to the solve. `Shine` and `Reversible`, which need to know their solver, refuse it.
 
     Args:
         solver: the solver to record, such as `Anderson()`.

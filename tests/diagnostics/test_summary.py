@@ -10,7 +10,20 @@ from problems import PROBLEMS, affine_map, diagonal_map, jacobian, normal, norma
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from equilibria import DEQ, GMRES, Anderson, Implicit, Phantom, Picard, Stopping, Unrolled, fixed_point
+from equilibria import (
+    DEQ,
+    GMRES,
+    Anderson,
+    Broyden,
+    Implicit,
+    Neumann,
+    Phantom,
+    Picard,
+    Shine,
+    Stopping,
+    Unrolled,
+    fixed_point,
+)
 from equilibria.diagnostics import Summary, summary
 from equilibria.nn import MonotoneBlock, MonotoneDEQ
 
@@ -147,11 +160,16 @@ class TestNumbers:
     def test_rate_of_picard(self) -> None:
         assert of_rates([0.6], solver=Picard()).rate.tolist() == pytest.approx([0.6])
 
-    @pytest.mark.parametrize("adjoint", [Phantom(), Unrolled()])
+    @pytest.mark.parametrize("adjoint", [Phantom(), Unrolled(), Neumann()])
     def test_without_a_backward_solve(self, adjoint: Any) -> None:
         found = of_rates([0.5, 0.1], adjoint=adjoint)
         assert found.backward is None
         assert "backward" not in str(found)
+
+    def test_with_shine(self) -> None:
+        found = of_rates([0.9, -0.5, 0.1], solver=Broyden(), adjoint=Shine())
+        assert found.backward is not None
+        assert found.advice == ()
 
     def test_of_a_map_without_args(self) -> None:
         found = summary(torch.cos, torch.zeros(1, 1), solver=Anderson())

@@ -10,7 +10,21 @@ from problems import PROBLEMS, Counted, diagonal_map, flat, normal, orthogonal, 
 from steps import iterates
 from torch import Tensor, nn
 
-from equilibria import DEQ, GMRES, Anderson, Broyden, Implicit, Phantom, Picard, Stopping, Unrolled, fixed_point
+from equilibria import (
+    DEQ,
+    GMRES,
+    Anderson,
+    Broyden,
+    Implicit,
+    Phantom,
+    Picard,
+    Reversible,
+    ReversiblePicard,
+    Shine,
+    Stopping,
+    Unrolled,
+    fixed_point,
+)
 from equilibria.regularizers import Recording, fixed_point_correction
 from equilibria.solvers import Solver
 
@@ -203,6 +217,12 @@ class TestMisuse:
             Recording("anderson", at=(1,))  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="affine maps alone"):
             Recording(GMRES(), at=(1,))
+
+    @pytest.mark.parametrize(("solver", "adjoint"), [(Broyden(), Shine()), (ReversiblePicard(), Reversible())], ids=repr)
+    def test_adjoints_that_need_to_know_their_solver(self, solver: Solver[Any], adjoint: Any) -> None:
+        W, x, z0 = problem()
+        with pytest.raises(ValueError, match="instead of Recording"):
+            fixed_point(tanh_map, z0, W, x, solver=Recording(solver, at=(1,)), adjoint=adjoint)
 
     def test_of_another_solve(self) -> None:
         W, x, z0 = problem()
