@@ -28,7 +28,7 @@ class NewtonKrylovState(State):
 
 @dataclass(frozen=True, kw_only=True)
 class NewtonKrylov:
-    """Inexact Newton for g(z) = f(z) - z = 0, with Jacobian-vector products by autodiff.
+    """Inexact Newton for g(z) = f(z) - z = 0, with Jacobian-vector products and no Jacobian.
 
     z ← z + α s,   ‖g - (I - J) s‖₂ <= η ‖g‖₂,   J = ∂f/∂z at z
 
@@ -57,6 +57,9 @@ class NewtonKrylov:
     """Most products J v in a step."""
     forcing: float | None = None
     """η of every step, 0 <= η < 1; None chooses it by progress."""
+    differences: bool = False
+    """Have J v as (f(z + ε v) - f(z)) / ε, right to about √eps, instead of exactly by autodiff: for an f whose derivatives
+    cannot be differentiated again (fused attention on some devices, operations of your own), or to save the record of f."""
     line_search: int = 5
     """Most backtracking evaluations per step (Armijo's condition on ‖g‖², per sample); 0 takes full steps."""
 
@@ -75,13 +78,21 @@ class NewtonKrylov:
     def step(self, f: Map, state: NewtonKrylovState) -> NewtonKrylovState:
         s = state.g
         if f.remaining > 2 or (state.jacobian and f.remaining > 1):
-            jacobian = state.jacobian.pop() if state.jacobian else f.linearize(state.z)[1]
+            jacobian = state.jacobian.pop() if state.jacobian else self._linearize(f, state.z)[1]
             s = self._direction(f, state, jacobian)
             del jacobian
-        linearized = _Linearized(f)
+        linearized = _Linearized(f, self._linearize)
         z, fz, g = backtrack(linearized, state, state.z.to(s.dtype) + s, self.line_search)
         forcing = self._next_forcing(state, g)
         return NewtonKrylovState(z=z, fz=fz, g=g, forcing=forcing, jacobian=linearized.jacobian)
+
+    def _linearize(self, f: Map, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """f(z), and v -> J v there; each product costs an evaluation, either way."""
+        if not self.differences:
+            return f.linearize(z)
+        fz = f(z)
+        reach = torch.finfo(z.dtype).eps ** 0.5 * (1.0 + l2(z)).unsqueeze(1)
+        return fz, lambda v: difference(f((z + reach * v).to(z.dtype)), fz) / reach  # ‖v‖ = 1
 
     def _direction(self, f: Map, state: NewtonKrylovState, jacobian: Callable[[Tensor], Tensor]) -> Tensor:
         """s (B, D) by GMRES from s = 0; each sample as it was when its own η was met."""
@@ -118,13 +129,14 @@ class NewtonKrylov:
 class _Linearized:
     """f, with the Jacobian kept where it was evaluated last."""
 
-    def __init__(self, f: Map) -> None:
+    def __init__(self, f: Map, linearize: Callable[[Map, Tensor], tuple[Tensor, Callable[[Tensor], Tensor]]]) -> None:
         self.f = f
+        self.linearized = linearize
         self.jacobian: list[Callable[[Tensor], Tensor]] = []
 
     def __call__(self, z: Tensor, /) -> Tensor:
         self.jacobian = []  # free its record before the next is made
-        fz, jacobian = self.f.linearize(z)
+        fz, jacobian = self.linearized(self.f, z)
         self.jacobian = [jacobian]
         return fz
 

@@ -26,6 +26,7 @@ SOLVERS: dict[str, Any] = {
     "broyden-line-search": Broyden(history=8, line_search=5),
     "gmres": GMRES(restart=7),
     "newton-krylov": NewtonKrylov(),
+    "jacobian-free": NewtonKrylov(differences=True),
     "newton-krylov-tight": NewtonKrylov(forcing=1e-3, max_krylov=8),
 }
 BATCHES = (1, 3, 17)
@@ -165,7 +166,9 @@ def test_the_default_dtype_plays_no_part(solver: str, dtype: torch.dtype, defaul
         assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("solver", ["picard", "anderson", "broyden", "broyden-line-search", "newton-krylov"])
+@pytest.mark.parametrize(
+    "solver", ["picard", "anderson", "broyden", "broyden-line-search", "newton-krylov", "jacobian-free"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_state(solver: str, dtype: torch.dtype) -> None:
     """The state keeps its dtype; norms are float32 and belong to it."""

@@ -155,6 +155,36 @@ class TestInexactNewton:
         assert min(ratios) < 1e-4
 
 
+class TestDifferences:
+    def test_steps_are_those_of_exact_products_to_half_the_digits(self) -> None:
+        z0 = normal(2, 4, 6)
+        options: dict[str, Any] = {"forcing": 0.1, "line_search": 0}
+        exact = iterates(NewtonKrylov(**options), tanh_of, z0, 4)
+        found = iterates(NewtonKrylov(**options, differences=True), tanh_of, z0, 4)
+        for one, other in zip(exact[1:], found[1:], strict=True):
+            assert torch.allclose(one, other, rtol=1e-6, atol=1e-6)
+        assert not torch.equal(exact[1], found[1])
+
+    def test_an_f_whose_derivative_cannot_be_differentiated(self) -> None:
+        class Once(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, z: Tensor) -> Tensor:
+                ctx.save_for_backward(z)
+                return z.cos()
+
+            @staticmethod
+            @torch.autograd.function.once_differentiable
+            def backward(ctx: Any, g: Tensor) -> Tensor:
+                return -g * ctx.saved_tensors[0].sin()
+
+        z, stats = fixed_point(
+            lambda z, x: x * Once.apply(z), 0 * X, X.clone().requires_grad_(), solver=NewtonKrylov(differences=True),
+            stopping=Stopping(rtol=1e-10, max_evals=200),
+        )  # fmt: skip
+        assert stats.converged.all()
+        z.sum().backward()
+
+
 class TestConvergence:
     @pytest.mark.parametrize("rate", [1.2, 5.0, 30.0])
     def test_where_picard_diverges(self, rate: float) -> None:
@@ -182,6 +212,15 @@ class TestConvergence:
         assert full.stats.converged.tolist() == [True, False, False]
         assert searched.stats.converged.all()
         assert searched.z.abs().max() < 1e-12
+
+    @pytest.mark.parametrize("budget", [3, 5, 9])
+    def test_unrolled_it_is_differentiated_exactly(self, budget: int) -> None:
+        solver, stopping = NewtonKrylov(), Stopping(rtol=0, atol=0, max_evals=budget)
+
+        def layer(weight: Tensor, x: Tensor) -> Tensor:
+            return fixed_point(tanh_map, 0 * X[:2], weight, x, solver=solver, stopping=stopping, adjoint=Unrolled()).z
+
+        assert torch.autograd.gradcheck(layer, (W.clone().requires_grad_(), X[:2].clone().requires_grad_()))
 
     def test_implicit_and_unrolled_gradients_agree(self) -> None:
         weight, x = W.clone().requires_grad_(), X.clone().requires_grad_()
@@ -254,9 +293,10 @@ class TestBatches:
 
 class TestBudget:
     @pytest.mark.parametrize("budget", range(1, 30))
-    def test_is_never_exceeded_and_f_is_always_known(self, budget: int) -> None:
+    @pytest.mark.parametrize("differences", [False, True])
+    def test_is_never_exceeded_and_f_is_always_known(self, budget: int, differences: bool) -> None:
         f = Budget(tanh_of, budget)
-        solver = NewtonKrylov(forcing=1e-3, line_search=4)
+        solver = NewtonKrylov(forcing=1e-3, line_search=4, differences=differences)
         state = solver.init(f, 5 * normal(11, 4, 6))
         while f.remaining:
             state = solver.step(f, state)
