@@ -14,10 +14,26 @@ from problems import normal, orthogonal, tanh_map
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from equilibria import Implicit, NewtonKrylov, Phantom, Picard, Stopping, UndeclaredTensorError, Unrolled, fixed_point
+from equilibria import (
+    Implicit,
+    Neumann,
+    NewtonKrylov,
+    Phantom,
+    Picard,
+    Stopping,
+    UndeclaredTensorError,
+    Unrolled,
+    fixed_point,
+)
 
 TIGHT = Stopping(rtol=1e-12, atol=0, max_evals=200)
-ADJOINTS: dict[str, Any] = {"implicit": Implicit(stopping=TIGHT), "phantom": Phantom(steps=2), "unrolled": Unrolled()}
+ADJOINTS: dict[str, Any] = {
+    "implicit": Implicit(stopping=TIGHT),
+    "phantom": Phantom(steps=2),
+    "unrolled": Unrolled(),
+    "neumann": Neumann(),
+    "unrolled in segments": Unrolled(checkpoint=True),
+}
 each_adjoint = pytest.mark.parametrize("adjoint", ADJOINTS.values(), ids=ADJOINTS)
 W = 0.7 * orthogonal(4)
 X = normal(0, 3, 4)
@@ -53,7 +69,7 @@ class TestArgs:
     @pytest.mark.parametrize("name", ADJOINTS)
     def test_complex(self, name: str, request: pytest.FixtureRequest) -> None:
         """A state is real, but what f is given need not be."""
-        if name == "implicit":
+        if name in ("implicit", "neumann"):
             request.applymarker(pytest.mark.xfail(strict=True, reason="the gradient of a complex arg is lost: None"))
         x = X.clone().requires_grad_()
         c = torch.complex(X, 2 * X).requires_grad_()
@@ -109,7 +125,10 @@ class TestFunctions:
     @pytest.mark.filterwarnings("ignore")  # the compiler's own
     @each_adjoint
     @pytest.mark.parametrize("solver", [Picard(), NewtonKrylov(line_search=0)], ids=["picard", "newton"])
-    def test_compiled(self, adjoint: Any, solver: Any) -> None:
+    def test_compiled(self, adjoint: Any, solver: Any, request: pytest.FixtureRequest) -> None:
+        if adjoint == Unrolled(checkpoint=True) and isinstance(solver, NewtonKrylov):
+            reason = "torch.func's error about saved tensor hooks, also where nothing is compiled"
+            request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
         plain = Block()
         compiled: Any = torch.compile(plain, backend="eager")
         found, expected = (solve(f, X, adjoint=adjoint, solver=solver) for f in (compiled, plain))
@@ -150,7 +169,7 @@ def test_writing_into_the_solution_is_right_or_refused(adjoint: Any) -> None:
     weight, other = W.clone().requires_grad_(), W.clone().requires_grad_()
     written = solve(tanh_map, weight, X, adjoint=adjoint).mul_(2)
     (expected,) = torch.autograd.grad((2 * solve(tanh_map, other, X, adjoint=adjoint)).square().sum(), other)
-    if isinstance(adjoint, Implicit):  # which holds it for the backward pass
+    if isinstance(adjoint, (Implicit, Neumann)):  # which holds it for the backward pass
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             written.sum().backward()
     else:

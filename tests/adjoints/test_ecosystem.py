@@ -13,14 +13,20 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from equilibria import DEQ, Anderson, Implicit, Phantom, Picard, Stopping, Unrolled, fixed_point
+from equilibria import DEQ, Anderson, Implicit, Neumann, Phantom, Picard, Stopping, Unrolled, fixed_point
 
 # PyTorch's own, the first time that forward mode is used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
 TIGHT = Stopping(rtol=1e-12, atol=1e-14, max_evals=300)
 IMPLICIT = Implicit(stopping=TIGHT)
-ADJOINTS: dict[str, Any] = {"implicit": IMPLICIT, "phantom": Phantom(steps=2), "unrolled": Unrolled()}
+ADJOINTS: dict[str, Any] = {
+    "implicit": IMPLICIT,
+    "phantom": Phantom(steps=2),
+    "unrolled": Unrolled(),
+    "neumann": Neumann(),
+    "unrolled in segments": Unrolled(checkpoint=True),
+}
 each_adjoint = pytest.mark.parametrize("adjoint", ADJOINTS.values(), ids=ADJOINTS)
 W = 0.8 * orthogonal(4)
 X = normal(0, 3, 4)
