@@ -174,7 +174,7 @@ class TestDifferences:
 
             @staticmethod
             @torch.autograd.function.once_differentiable
-            def backward(ctx: Any, g: Tensor) -> Tensor:
+            def backward(ctx: Any, g: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
                 return -g * ctx.saved_tensors[0].sin()
 
         z, stats = fixed_point(
