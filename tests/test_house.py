@@ -120,23 +120,25 @@ def test_examples_run(module: str) -> None:
     assert result.failed == 0
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "fixed_point",
-        "Stopping",
-        "Picard",
-        "Anderson",
-        "Broyden",
-        "NewtonKrylov",
-        "PeacemanRachford",
-        "GMRES",
-        "Implicit",
-        "Phantom",
-        "Unrolled",
-        "DEQ",
-    ],
-)
-def test_public_things_show_an_example(name: str) -> None:
-    public = getattr(importlib.import_module("equilibria"), name)
+RESULTS = {"Solution", "Stats", "Status", "Conditioning", "SpectralRadius", "Summary"}
+PUBLIC = [
+    (package, name)
+    for package in ("equilibria", "equilibria.nn", "equilibria.regularizers", "equilibria.diagnostics")
+    for name in importlib.import_module(package).__all__
+    if not name.endswith("Error") and name not in RESULTS
+]
+
+
+@pytest.mark.parametrize(("package", "name"), PUBLIC, ids=[name for _, name in PUBLIC])
+def test_public_things_show_an_example(package: str, name: str) -> None:
+    public = getattr(importlib.import_module(package), name)
     assert doctest.DocTestParser().get_examples(public.__doc__ or ""), f"{name} has no runnable line in its docstring"
+
+
+@pytest.mark.parametrize("name", [name for _, name in PUBLIC if name[0].isupper()])
+def test_methods_name_their_source(name: str) -> None:
+    package = next(package for package, other in PUBLIC if other == name)
+    public = getattr(importlib.import_module(package), name)
+    words = " ".join(base.__doc__ or "" for base in public.__mro__[:2])  # a variant may rest on the class it varies
+    own = name in ("Stopping", "Recording")  # ours, and no method
+    assert own or "Source" in words, f"{name} does not say where it comes from"

@@ -37,6 +37,8 @@ class DEQ(nn.Module):
     `eval_stopping` replaces `stopping` in evaluation mode, if given. Solver, stopping and adjoint are plain attributes
     and may be exchanged at any time.
 
+    Source: Bai, Kolter and Koltun 2019, "Deep equilibrium models", section 3.
+
     >>> class Cell(nn.Module):
     ...     def __init__(self):
     ...         super().__init__()

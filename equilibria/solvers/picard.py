@@ -17,6 +17,9 @@ class Picard:
     default) it is plain fixed-point iteration. Damping below 1 tames maps whose Jacobian has eigenvalues below -1.
     Holds no history: the cheapest solver in memory.
 
+    Source: Picard 1890; damped, Krasnoselskii 1955 and Mann 1953. Kelley 1995, "Iterative methods for linear and nonlinear
+    equations", section 4.1.
+
     >>> import torch
     >>> from equilibria import fixed_point
     >>> z, stats = fixed_point(lambda z: 0.5 * z + 1, torch.zeros(1, 1), solver=Picard())
