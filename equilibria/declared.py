@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from types import CellType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +49,8 @@ class Declared:
                 )
         self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # constants
         self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self._owned = {} if self.module is None else dict(_named(self.module))
-        self._slots = [_slot(self.module, name) for name in self._owned] if self.module is not None else []
-        self.tensors: tuple[Tensor, ...] = (*(leaves[i] for i in self._places), *self._owned.values())
+        self._owned = [] if self.module is None else _owned(self.module)
+        self.tensors: tuple[Tensor, ...] = (*(leaves[i] for i in self._places), *(owned.tensor for owned in self._owned))
         self.dims = None if batch_dims is None else self._dims_of(args, layout.batch, batch_dims)
 
     def __call__(self, z: Tensor, *tensors: Tensor) -> Tensor:
@@ -63,11 +62,14 @@ class Declared:
         state = self.layout.unpack(z)
         owned = tensors[len(self._places) :]
         with self.autocast or nullcontext():
-            if self.module is None or all(held[key] is a for a, (held, key) in zip(owned, self._slots, strict=True)):
+            if self.module is None or all(place.holds(value) for place, value in zip(self._owned, owned, strict=True)):
                 output = self.f(state, *args)
             else:
-                values = {f"owner.{name}": value for name, value in zip(self._owned, owned, strict=True)}
-                output = torch.func.functional_call(_Method(self.f, self.module), values, (state, *args))
+                pairs = zip(self._owned, owned, strict=True)
+                values = {f"owner.{name}": value for place, value in pairs for name in place.names}
+                method = _Method(self.f, self.module)
+                # Every slot is named, tied ones too; left to itself, torch would restore a slot with two names wrongly.
+                output = torch.func.functional_call(method, values, (state, *args), tie_weights=False)
         if self.autocast is not None:
             output = tree_map_only(Tensor, lambda leaf: leaf.to(self.layout.dtype), output)
         return self.layout.pack_output(output, z.shape[0])
@@ -146,16 +148,38 @@ def _module_of(f: Callable[..., Any]) -> nn.Module | None:
     return owner if isinstance(owner, nn.Module) else None
 
 
-def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+class _Owned(NamedTuple):
+    """A parameter or buffer of a module, with a name for each slot that holds it: tied weights have several slots."""
+
+    tensor: Tensor
+    names: list[str]
+    slots: list[tuple[dict[str, Tensor | None], str]]
+
+    def holds(self, value: Tensor) -> bool:
+        """Whether the value is in place already: the caller may have put another there, as functional_call does."""
+        return all(held[key] is value for held, key in self.slots)
 
 
-def _slot(module: nn.Module, name: str) -> tuple[dict[str, Tensor | None], str]:
-    """Where a module holds a tensor now: the caller may have put another in its place, as functional_call does."""
-    path, _, key = name.rpartition(".")
-    owner = module.get_submodule(path)
-    return (owner._parameters if key in owner._parameters else owner._buffers), key  # type: ignore[return-value]
+def _owned(module: nn.Module) -> list[_Owned]:
+    found: dict[int, _Owned] = {}
+    seen = set()
+    for name, tensor in _named(module, tied=True):
+        path, _, key = name.rpartition(".")
+        owner = module.get_submodule(path)
+        held: Any = owner._parameters if key in owner._parameters else owner._buffers
+        if (id(held), key) in seen:  # a module that is registered under two names
+            continue
+        seen.add((id(held), key))
+        place = found.setdefault(id(tensor), _Owned(tensor, [], []))
+        place.names.append(name)
+        place.slots.append((held, key))
+    return list(found.values())
+
+
+def _named(module: nn.Module, *, tied: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Names of parameters and buffers; with `tied`, all the names that one has."""
+    yield from module.named_parameters(remove_duplicate=not tied)
+    yield from module.named_buffers(remove_duplicate=not tied)
 
 
 def _refuse_dropout(module: nn.Module) -> None:

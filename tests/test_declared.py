@@ -434,3 +434,43 @@ class TestArgs:
         assert torch.allclose(z, 2 * (X * X * options["mask"] + options["index"]), rtol=2e-3)
         assert stats.converged.all()
         assert set(seen) == {("abc", torch.int64, torch.bool, None, 0.5)}
+
+
+class Tied(nn.Module):
+    """One weight in two modules, and a module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3).double(), nn.Linear(3, 3, bias=False).double()
+        self.second.weight = self.first.weight
+        self.alias = self.first
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(0.2 * self.alias(self.second(self.first(z))) + x)
+
+
+@pytest.mark.parametrize("adjoint", [Implicit(), Phantom(), Unrolled()], ids=["implicit", "phantom", "unrolled"])
+def test_tied_weights_stay_those_of_the_module(adjoint: Any) -> None:
+    """And receive the sum of the gradients of their uses."""
+    torch.manual_seed(0)
+    module, x = Tied(), torch.randn(2, 3).double()
+    before = dict(module.named_parameters(remove_duplicate=False))
+    z = fixed_point(module, torch.zeros_like(x), x, stopping=Stopping(rtol=1e-13, max_evals=100), adjoint=adjoint).z
+    z.square().sum().backward()
+    after = dict(module.named_parameters(remove_duplicate=False))
+    assert before.keys() == after.keys()
+    assert all(after[name] is parameter for name, parameter in before.items())
+    if isinstance(adjoint, Phantom):
+        return
+    weight = module.first.weight
+    step = 1e-6
+    for i in range(3):
+        losses = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                weight[i, 0] += sign * step
+                z = fixed_point(module, torch.zeros_like(x), x, stopping=Stopping(rtol=1e-14, max_evals=100)).z
+                losses.append(float(z.square().sum()))
+                weight[i, 0] -= sign * step
+        assert weight.grad is not None
+        assert float(weight.grad[i, 0]) == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-3)
