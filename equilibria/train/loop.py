@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -88,23 +89,22 @@ class Trainer:
     def run(self) -> None:
         """Train until the last step, the end of the wall-clock budget, or ctrl-C (which raises Interrupted)."""
         state = self.state
-        self.metrics = MetricsLog(self.folder.metrics, step=state.step)
-        purge = {"purge_step": state.step + 1} if state.step else {}
-        self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge})
-        progress = Progress(self.label, steps=self.last_step, done=state.step)
-        self.model.train()
-        try:
-            self._loop(progress)
-        except Interrupted:
-            self.save()
-            raise
-        except NonFiniteError as error:
-            raise NonFiniteError(self._explain(error), error.solution) from error
-        finally:
-            progress.close()
-            self.metrics.close()
-            self.metrics = None
-            self.accelerator.end_training()
+        with contextlib.ExitStack() as stack:  # whatever was opened is closed, wherever ctrl-C strikes
+            self.metrics = stack.enter_context(contextlib.closing(MetricsLog(self.folder.metrics, step=state.step)))
+            purge = {"purge_step": state.step + 1} if state.step else {}
+            self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge})
+            stack.callback(self.accelerator.end_training)
+            progress = Progress(self.label, steps=self.last_step, done=state.step)
+            stack.callback(progress.close)
+            self.model.train()
+            try:
+                self._loop(progress)
+            except Interrupted:
+                self.save()
+                raise
+            except NonFiniteError as error:
+                raise NonFiniteError(self._explain(error), error.solution) from error
+        self.metrics = None
 
     def _loop(self, progress: Progress) -> None:
         state, config = self.state, self.config
