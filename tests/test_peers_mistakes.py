@@ -58,6 +58,7 @@ OTHER_VALUES: dict[tuple[str, str], Any] = {
     ("NewtonKrylov", "max_krylov"): 1,
     ("NewtonKrylov", "forcing"): 1e-6,
     ("NewtonKrylov", "line_search"): 0,
+    ("NewtonKrylov", "differences"): True,
     ("GMRES", "restart"): 2,
     ("GMRES", "keep"): 0,
     ("Stopping", "rtol"): 1e-2,
