@@ -214,6 +214,19 @@ class TestNothingIsLeftBehind:
         assert torch.equal(fixed_point(tanh_map, Z0, W, X, solver=solver).z, first)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_gradient_that_does_not_exist_is_told_of(create_graph: bool) -> None:
+    """Where I - J is singular, the backward solve has no solution: what comes back is not passed for a gradient."""
+    rates = torch.tensor([[0.5], [1.0], [0.9]]).double()
+    x = torch.tensor([[1.0], [0.0], [2.0]]).double().requires_grad_()
+    z, stats = fixed_point(lambda z, rates, x: rates * z + x, 1 + torch.zeros(3, 1).double(), rates, x)
+    assert stats.converged.all()  # sample 1 is a fixed point, one of many
+    (gradient,) = torch.autograd.grad(z.sum(), x, create_graph=create_graph)
+    assert torch.allclose(gradient[[0, 2]], 1 / (1 - rates[[0, 2]]), rtol=1e-3)
+    assert [stats.converged.tolist() for stats in stats.backward] == [[True, False, True]]
+    assert float(stats.backward[0].relative[1]) == 1.0
+
+
 class TestCost:
     @pytest.mark.parametrize("solver", [*SOLVERS.values(), GMRES()], ids=[*SOLVERS, "gmres"])
     def test_memory_of_a_solver_does_not_grow_with_the_steps(self, solver: Any) -> None:

@@ -22,8 +22,10 @@ from equilibria import (
     Implicit,
     Neumann,
     NewtonKrylov,
+    NonFiniteError,
     Phantom,
     Picard,
+    Shine,
     Status,
     Stopping,
     Unrolled,
@@ -255,3 +257,35 @@ class TestBatchIndependence:
         assert (stats.status[place], stats.steps[place]) == (stats_alone.status[0], stats_alone.steps[0])
         assert torch.allclose(z[place], alone[0], rtol=1e-9, atol=1e-9)
         assert torch.allclose(gradient[place], expected[0], rtol=1e-6, atol=1e-6)
+
+    later = pytest.mark.xfail(strict=True, raises=AssertionError, reason="the estimate is that of a later step")
+    spoiled = pytest.mark.xfail(strict=True, raises=NonFiniteError, reason="0 times NaN where nothing is asked for")
+
+    @pytest.mark.parametrize("solver", [Anderson(), Broyden()], ids=["anderson", "broyden"])
+    @pytest.mark.parametrize(
+        ("check_every", "bad"),
+        [
+            (1, None),
+            (1, 1e308),
+            pytest.param(
+                3,
+                None,
+                marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason="its estimate is that of a later step"),
+            ),
+            pytest.param(
+                1, BAD[0], marks=pytest.mark.xfail(strict=True, raises=NonFiniteError, reason="g is 0 there, J is NaN")
+            ),
+        ],
+    )
+    def test_gradient_by_an_estimate(self, solver: Any, check_every: int, bad: float | None) -> None:
+        """What the solver learnt of a sample does not depend on its neighbours either."""
+        W, rates, x = pool(0)
+        rates[0] += 0.9
+        stopping = Stopping(rtol=1e-4, max_evals=40, check_every=check_every)
+        options = {"solver": solver, "adjoint": Shine(), "stopping": stopping, "raise_nonfinite": False}
+        x = x.requires_grad_()
+        (alone,) = torch.autograd.grad(fixed_point(scaled_tanh, 0 * x[:1], W, rates[:1], x[:1], **options).z.sum(), x)
+        with torch.no_grad():
+            x[3] = x[3] if bad is None else bad
+        z = fixed_point(scaled_tanh, torch.zeros(8, 12).double(), W, rates, x, **options).z
+        assert torch.allclose(torch.autograd.grad(z[0].sum(), x)[0], alone, rtol=1e-8, atol=1e-8)
