@@ -8,7 +8,21 @@ import torch
 from torch import Tensor
 
 from equilibria.solvers.line_search import backtrack
-from equilibria.solvers.solver import Map, State, check_count, combine, difference, dots, solve_scaled, store_difference
+from equilibria.solvers.solver import (
+    Map,
+    State,
+    check_count,
+    combine,
+    difference,
+    dots,
+    in_use,
+    newest,
+    solve_scaled,
+    square_in_use,
+    store_difference,
+    store_length,
+    store_products,
+)
 from equilibria.stopping import l2
 
 
@@ -71,25 +85,21 @@ class Broyden:
         return BroydenState(z=z0, fz=fz, g=g, s=s, df=torch.zeros_like(s), core=core, lengths=core[:, 0], age=0)
 
     def step(self, f: Map, state: BroydenState) -> BroydenState:
-        used = min(state.age, self.history)
         target = state.fz.to(state.g.dtype)
-        if used:
-            rhs = dots(state.s[:, :used], state.g)
-            gamma = solve_scaled(state.core[:, :used, :used], rhs, state.lengths[:, :used])
-            target = combine(target, gamma, state.df[:, :used])
+        if state.age:
+            rhs = dots(in_use(state.s, state.age), state.g)
+            gamma = solve_scaled(square_in_use(state.core, state.age), rhs, in_use(state.lengths, state.age))
+            target = combine(target, gamma, in_use(state.df, state.age))
         return self._remember(state, *backtrack(f, state, target, self.line_search))
 
     def _remember(self, state: BroydenState, z: Tensor, fz: Tensor, g: Tensor) -> BroydenState:
-        slot = state.age % self.history
-        used = min(state.age + 1, self.history)
-        s = store_difference(state.s, slot, z, state.z)
-        df = store_difference(state.df, slot, fz, state.fz)
-        new = s[:, slot]
-        row = dots(df[:, :used], new)  # s · (y_j + s_j) for older j
-        column = dots(s[:, :used], df[:, slot] - new)  # s_j · y: older j have no term of L here
-        core = state.core.clone()
-        core[:, slot, :used] = row
-        core[:, :used, slot] = column
-        lengths = state.lengths.clone()
-        lengths[:, slot] = l2(new.detach())
-        return BroydenState(z=z, fz=fz, g=g, s=s, df=df, core=core, lengths=lengths, age=state.age + 1)
+        age = state.age
+        s = store_difference(state.s, age, z, state.z)
+        df = store_difference(state.df, age, fz, state.fz)
+        # What was stored counts, not what was rounded to it.
+        new, change = newest(s, age).to(g.dtype), newest(df, age).to(g.dtype)
+        row = dots(in_use(df, age + 1), new)  # s · (y_j + s_j) for older j
+        column = dots(in_use(s, age + 1), change - new)  # s_j · y: older j have no term of L here
+        lengths = store_length(state.lengths, age, l2(new.detach()))
+        core = store_products(state.core, age, row, column)
+        return BroydenState(z=z, fz=fz, g=g, s=s, df=df, core=core, lengths=lengths, age=age + 1)

@@ -83,22 +83,77 @@ def recorded(*tensors: Tensor) -> bool:
     return differentiating() and any(map(carries_derivatives, tensors))
 
 
-def store_difference(history: Tensor, slot: int, new: Tensor, old: Tensor) -> Tensor:
-    """history (B, m, D) with new - old (B, D) in one slot: in place, or as a copy where autograd records the solve."""
-    new, old = new.to(history.dtype), old.to(history.dtype)
+# Differences are kept in ring buffers (B, m, D): pair number `age`, counted from 0, lies in slot age mod m. Only the
+# functions down to `newest` know that.
+
+
+def store_difference(history: Tensor, age: int, new: Tensor, old: Tensor) -> Tensor:
+    """history (B, m, D) with new - old (B, D) as pair `age`: in place, or as a copy where autograd records the solve.
+
+    The difference is taken in float32 at least and rounded to the dtype of the history.
+    """
+    slot = age % history.shape[1]
+    dtype = torch.promote_types(work_dtype(new.dtype), work_dtype(history.dtype))
+    new, old = new.to(dtype), old.to(dtype)
     if recorded(history, new, old):
-        return history.index_copy(1, torch.tensor([slot], device=history.device), (new - old).unsqueeze(1))
-    torch.sub(new, old, out=history[:, slot])
+        stored = (new - old).to(history.dtype).unsqueeze(1)
+        return history.index_copy(1, torch.tensor([slot], device=history.device), stored)
+    if history.dtype == dtype:
+        torch.sub(new, old, out=history[:, slot])
+    else:
+        history[:, slot] = new - old
     return history
 
 
+def store_products(matrix: Tensor, age: int, row: Tensor, column: Tensor) -> Tensor:
+    """A copy of matrix (B, m, m) with the products (B, used) of pair `age` and all pairs in use, itself included."""
+    slot, used = age % matrix.shape[1], row.shape[1]
+    matrix = matrix.clone()
+    matrix[:, slot, :used] = row
+    matrix[:, :used, slot] = column
+    return matrix
+
+
+def store_length(lengths: Tensor, age: int, length: Tensor) -> Tensor:
+    """A copy of lengths (B, m) with the length (B,) of pair `age`."""
+    lengths = lengths.clone()
+    lengths[:, age % lengths.shape[1]] = length
+    return lengths
+
+
+def in_use(buffer: Tensor, age: int) -> Tensor:
+    """The slots filled once `age` pairs are stored: (B, m, ...) -> (B, min(age, m), ...)."""
+    return buffer[:, : min(age, buffer.shape[1])]
+
+
+def square_in_use(matrix: Tensor, age: int) -> Tensor:
+    """(B, m, m) -> (B, min(age, m), min(age, m))."""
+    used = min(age, matrix.shape[1])
+    return matrix[:, :used, :used]
+
+
+def newest(history: Tensor, age: int) -> Tensor:
+    """(B, D): pair `age`."""
+    return history[:, age % history.shape[1]]
+
+
 def dots(history: Tensor, v: Tensor) -> Tensor:
-    """(B, m, D), (B, D) -> (B, m): v times every row. As v Hᵀ, which a CPU does several times faster than H v."""
+    """(B, m, D), (B, D) -> (B, m): v times every row, in the dtype of v.
+
+    As v Hᵀ, which a CPU does several times faster than H v. A history stored in fewer bits is read row by row, so that it
+    never stands in memory in more.
+    """
+    if history.dtype != v.dtype:
+        return torch.stack([torch.linalg.vecdot(row.to(v.dtype), v) for row in history.unbind(1)], dim=1)
     return torch.bmm(v.unsqueeze(1), history.mT).squeeze(1)
 
 
 def combine(base: Tensor, weights: Tensor, history: Tensor) -> Tensor:
-    """(B, D), (B, m), (B, m, D) -> (B, D): base - Σ weightsᵢ historyᵢ."""
+    """(B, D), (B, m), (B, m, D) -> (B, D): base - Σ weightsᵢ historyᵢ, in the dtype of base."""
+    if history.dtype != base.dtype:
+        for weight, row in zip(weights.unbind(1), history.unbind(1), strict=True):
+            base = torch.addcmul(base, weight.unsqueeze(1), row.to(base.dtype), value=-1)
+        return base
     return torch.baddbmm(base.unsqueeze(1), weights.unsqueeze(1), history, alpha=-1.0).squeeze(1)
 
 
@@ -127,6 +182,11 @@ def check_choice(name: str, value: Any, methods: Sequence[str], example: str) ->
 def check_damping(name: str, damping: float) -> None:
     if not 0.0 < damping <= 2.0:
         raise ValueError(f"{name}(damping={damping}): damping must lie in (0, 2]; 1 is the undamped step")
+
+
+def check_factor(name: str, option: str, value: float | None, least: float) -> None:
+    if value is not None and not value >= least:
+        raise ValueError(f"{name}({option}={value!r}): {option} must be a number >= {least}, or None to do without")
 
 
 def check_count(name: str, option: str, value: int, least: int) -> None:
