@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -67,7 +68,10 @@ class Forward:
         confirm = isinstance(self.solver, GMRES) and not self.affine
         budgeted = BudgetedMap(f, args, self.stopping.max_evals - confirm, f.dims, known=fz0)
         budgeted.evaluations = self.evaluations
-        solved = self.search(self.solver, budgeted, z0, self.stopping)
+        device = z0.device.type
+        # Autocast is for f, which enters it by itself; the solver's own small systems would be rounded by it.
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            solved = self.search(self.solver, budgeted, z0, self.stopping)
         self.evaluations = budgeted.evaluations
         # What was given may belong to the caller, and an autograd function must not return it.
         if solved.z is z0 or solved.z is fz0:

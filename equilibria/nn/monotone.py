@@ -64,7 +64,8 @@ class Monotone(nn.Module):
 
     def forward(self, A: Tensor, B: Tensor) -> Tensor:
         identity = torch.eye(len(A), dtype=A.dtype, device=A.device)
-        return (1.0 - self.margin) * identity - A.mT @ A + B - B.mT
+        with torch.autocast(A.device.type, enabled=False):  # rounding AᵀA could make it indefinite
+            return (1.0 - self.margin) * identity - A.mT @ A + B - B.mT
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(A, B) of the nearest monotone weight: AᵀA is the positive part of (1 - m) I minus the symmetric part."""
@@ -106,7 +107,8 @@ class MonotoneBlock(nn.Module):
         return x.new_zeros(len(x), self.outer.out_features)
 
     def forward(self, z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return torch.relu(F.linear(z, weight) + bias)
+        with torch.autocast(z.device.type, enabled=False):  # with the very weight that the solver was given
+            return torch.relu(F.linear(z, weight) + bias)
 
 
 class MonotoneDEQ(DEQ):

@@ -184,6 +184,17 @@ class TestModule:
         assert min(sizes) == 1
         assert torch.allclose(z[2:3], deq_of(block)(x[2:3]).z, rtol=1e-9, atol=1e-11)
 
+    def test_autocast_leaves_the_guarantee_alone(self) -> None:
+        block = block_of(0.5).float()
+        weight = block.inner.weight
+        deq = MonotoneDEQ(block, stopping=Stopping(rtol=1e-5, max_evals=300))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(block.inner.weight, weight)
+            z, stats = deq(X.float())
+        assert stats.converged.all()
+        assert z.dtype == torch.float32
+        z.sum().backward()
+
     def test_can_be_copied_and_restored(self) -> None:
         deq = deq_of(block_of(0.5))
         z = deq(X).z

@@ -14,7 +14,19 @@ from problems import PROBLEMS, Counted, Problem, flat, residual_of
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from equilibria import GMRES, Anderson, Broyden, NewtonKrylov, Picard, Solution, Status, Stopping, fixed_point
+from equilibria import (
+    GMRES,
+    Anderson,
+    Broyden,
+    Implicit,
+    NewtonKrylov,
+    Picard,
+    Solution,
+    Status,
+    Stopping,
+    Unrolled,
+    fixed_point,
+)
 from equilibria.stopping import l2, linf, rms
 
 SOLVERS: dict[str, Any] = {
@@ -164,6 +176,24 @@ def test_the_default_dtype_plays_no_part(solver: str, dtype: torch.dtype, defaul
     for gradient in torch.autograd.grad(z.sum(), (A, b)):
         assert gradient.dtype == dtype
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("adjoint", [Implicit(), Unrolled()], ids=["implicit", "unrolled"])
+def test_autocast_is_for_f_alone(solver: str, adjoint: Any) -> None:
+    """The solver's own algebra is not rounded to bfloat16: where f has nothing to cast, all is as without autocast."""
+    problem = PROBLEMS["one_hard"](3, (2, 3), torch.float32)
+    stopping = Stopping(rtol=1e-5, max_evals=1000)
+    args = [arg.clone().requires_grad_() for arg in problem.args]
+
+    def solve() -> Solution:
+        return fixed_point(problem.f, problem.z0, *args, solver=SOLVERS[solver], stopping=stopping, adjoint=adjoint)
+
+    plain = solve()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = solve()
+    assert torch.equal(plain.z, cast.z)
+    assert plain.stats.evaluations == cast.stats.evaluations
 
 
 @pytest.mark.parametrize(
