@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
+
+import torch
 
 from equilibria.adjoints import Adjoint, Forward, Implicit
 from equilibria.declared import Declared
@@ -49,6 +52,13 @@ def fixed_point(
         NonFiniteError: see `raise_nonfinite`.
         ValueError, TypeError: z0 is no state, or f returned something else than a state.
 
+    Under torch.compile:
+        A compiled f, torch.compile(f) or block.compile(), serves like any other, with all derivatives; those of second
+        order and torch.func transforms run it uncompiled. A whole solve becomes one graph, fullgraph=True included, if
+        it needs no gradient and its solver is Picard, Anderson or Broyden without line search; in the graph f is not
+        checked, the batch stays whole, and raise_nonfinite is not heeded: look at the status. Other solves leave the
+        graph and run eagerly.
+
     Source: Bai, Kolter and Koltun 2019, "Deep equilibrium models", section 3.1.
 
     >>> import torch
@@ -60,15 +70,33 @@ def fixed_point(
     True
     >>> z.sum().backward()
     """
-    solver = Anderson() if solver is None else solver
-    stopping = Stopping() if stopping is None else stopping
-    adjoint = Implicit() if adjoint is None else adjoint
+    solver = _SOLVER if solver is None else solver
+    stopping = _STOPPING if stopping is None else stopping
+    adjoint = _ADJOINT if adjoint is None else adjoint
     check_choice("solver", solver, ("init", "step"), "Anderson()")
     check_choice("stopping", stopping, ("tolerance",), "Stopping(rtol=1e-3)")
     check_choice("adjoint", adjoint, ("solve",), "Implicit()")
+    eager = partial(_solve, f, z0, args, Forward(solver, stopping, raise_nonfinite=raise_nonfinite), adjoint, batch_dims)
+    if torch.compiler.is_compiling():
+        from equilibria.graph import solve_in_graph
+
+        return solve_in_graph(f, z0, args, solver, stopping, eager)
+    return eager()
+
+
+_SOLVER, _STOPPING, _ADJOINT = Anderson(), Stopping(), Implicit()
+
+
+def _solve(
+    f: Callable[..., Any],
+    z0: Any,
+    args: Sequence[Any],
+    forward: Forward,
+    adjoint: Adjoint,
+    batch_dims: Sequence[int | None] | None,
+) -> Solution:
     layout = layout_of(z0)
     declared = Declared(f, layout, args, batch_dims)
-    forward = Forward(solver, stopping, raise_nonfinite=raise_nonfinite)
     try:
         solved = adjoint.solve(declared, layout.pack(z0), declared.tensors, forward)
     except NonFiniteError as error:

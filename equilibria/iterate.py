@@ -231,8 +231,9 @@ def ratio(residual: Tensor, scale: Tensor) -> Tensor:
 
 
 def _known(condition: Tensor) -> bool:
-    """Whether a condition is known to hold: a CPU answers faster than it moves data, an accelerator would have to wait."""
-    return condition.device.type == "cpu" and bool(condition)
+    """Whether a condition is known to hold: a CPU answers faster than it moves data, an accelerator would have to wait, and
+    a graph that is being traced has no values yet."""
+    return not torch.compiler.is_compiling() and condition.device.type == "cpu" and bool(condition)
 
 
 def _measure(state: State, stopping: Stopping) -> tuple[Tensor, Tensor]:

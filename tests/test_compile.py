@@ -1,27 +1,38 @@
-"""torch.compile: a compiled map inside an eager solve."""
+"""torch.compile: a compiled map inside an eager solve, and a whole solve as one graph."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import problems
 import pytest
 import torch
+from problems import normal, orthogonal
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_leaves
 
 from equilibria import (
     DEQ,
+    GMRES,
+    Anderson,
+    Broyden,
     Implicit,
     Phantom,
+    Picard,
     RandomMapError,
+    Solution,
+    Status,
     Stopping,
     UndeclaredTensorError,
     Unrolled,
     fixed_point,
 )
+from equilibria.solvers import Solver
 
 # What the compiler itself warns of, also for functions that know nothing of this library.
 pytestmark = [
@@ -196,3 +207,192 @@ class TestCompiledMap:
             fixed_point(torch.compile(lambda z: 0.5 * z + torch.randn_like(z), backend="aot_eager"), z0)
         with pytest.raises(ValueError, match="writes into its argument"):
             fixed_point(torch.compile(lambda z: z.mul_(0.5), backend="aot_eager"), z0)
+
+
+def solved_alike(got: Solution, want: Solution) -> None:
+    for here, there in zip(tree_leaves(got.z), tree_leaves(want.z), strict=True):
+        torch.testing.assert_close(here, there)
+    torch.testing.assert_close(got.stats.residual, want.stats.residual, rtol=1e-2, atol=1e-7)
+    assert type(got.stats.evaluations) is int
+    assert got.stats.evaluations == want.stats.evaluations
+    assert got.stats.steps.tolist() == want.stats.steps.tolist()
+    assert got.stats.status.tolist() == want.stats.status.tolist()
+    assert got.stats.status.dtype == want.stats.status.dtype
+
+
+class Pair(NamedTuple):
+    a: Tensor
+    b: Tensor
+
+
+def nested_map(z: dict[str, Any], x: Tensor) -> dict[str, Any]:
+    a, b = z["pair"]
+    return {"pair": Pair(0.5 * torch.cos(b.unsqueeze(1) + x), 0.3 * a.sum(1)), "c": 0.5 * torch.sin(z["c"] + a.mean(1))}
+
+
+class TestWholeSolve:
+    """torch.compile(..., fullgraph=True) around fixed_point: the loop is part of the graph."""
+
+    @pytest.mark.parametrize(
+        ("solver", "batch"),
+        [
+            (Picard(), 3),
+            (Picard(damping=0.7), 1),
+            (Anderson(), 3),
+            (Anderson(history=2, damping=0.8), 1),
+            (Broyden(), 1),
+            (Broyden(history=2), 3),
+        ],
+        ids=repr,
+    )
+    def test_is_the_eager_solve(self, solver: Solver[Any], batch: int) -> None:
+        z0, W, x = problem(batch)
+
+        @torch.no_grad()
+        def solve(x: Tensor) -> Solution:
+            return fixed_point(tanh_map, z0, W, x, solver=solver, stopping=Stopping(rtol=1e-6))
+
+        want = solve(x)
+        assert bool(want.stats.converged.all())
+        assert batch == 1 or want.stats.steps.unique().numel() > 1, "samples that stop at different steps"
+        compiled = torch.compile(solve, fullgraph=True, backend="aot_eager")
+        solved_alike(compiled(x), want)
+        with torch._dynamo.config.patch(error_on_recompile=True):  # how many steps it takes is found when it runs
+            solved_alike(compiled(0.1 * x), solve(0.1 * x))
+        assert graphs() == 1
+
+    @needs_compiler
+    def test_runs_as_machine_code(self) -> None:
+        z0, W, x = problem()
+
+        @torch.no_grad()
+        def solve(x: Tensor) -> Solution:
+            return fixed_point(tanh_map, z0, W, x, solver=Anderson(type=2), stopping=Stopping(rtol=1e-6))
+
+        solved_alike(torch.compile(solve, fullgraph=True)(x), solve(x))
+
+    def test_anderson_passes_where_its_type_two_stalls(self) -> None:
+        """Which samples have stalled is not known while the graph is traced."""
+        W, x = 2.0 * orthogonal(32, seed=6), normal(106, 8, 32)
+
+        def converged(solver: Anderson) -> Tensor:
+            solve = torch.no_grad()(lambda x: fixed_point(problems.tanh_map, 0 * x, W, x, solver=solver, stopping=stopping))
+            return torch.compile(solve, fullgraph=True, backend="eager")(x).stats.converged
+
+        stopping = Stopping(rtol=1e-8, max_evals=200)
+        assert converged(Anderson()).all()
+        assert not converged(Anderson(type=2)).all()
+
+    def test_nested_states(self) -> None:
+        x = torch.linspace(-1, 1, 6).reshape(2, 3)
+        z0 = {"pair": Pair(torch.zeros(2, 3), torch.zeros(2)), "c": torch.zeros(2)}
+
+        @torch.no_grad()
+        def solve(x: Tensor) -> Solution:
+            return fixed_point(nested_map, z0, x, stopping=Stopping(rtol=1e-5))
+
+        got = torch.compile(solve, fullgraph=True, backend="eager")(x)
+        assert type(got.z["pair"]) is Pair
+        solved_alike(got, solve(x))
+
+    @pytest.mark.filterwarnings("ignore:Use of .*set_grad_enabled:UserWarning")
+    def test_can_be_exported(self) -> None:
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.deq = DEQ(Cell(), stopping=Stopping(rtol=1e-6))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.deq(x)[0]
+
+        model, x = Model().eval(), torch.randn(3, 4, dtype=torch.float64)
+        with torch.no_grad():
+            program = torch.export.export(model, (x,))
+            torch.testing.assert_close(program.module()(2 * x), model(2 * x))
+
+    @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+    def test_module_in_evaluation(self, mode: Callable[[], Any]) -> None:
+        deq, x = DEQ(Cell(), stopping=STOPPING, eval_stopping=Stopping(rtol=1e-4)).eval(), torch.randn(3, 4).double()
+        with mode():
+            compiled = torch.compile(deq, fullgraph=True, backend="eager")
+            solved_alike(compiled(x), deq(x))
+            with torch.no_grad():
+                deq.block.inner.weight.mul_(0.5)  # type: ignore[union-attr]
+            solved_alike(compiled(x), deq(x))
+
+    @pytest.mark.parametrize(
+        "f",
+        [lambda z, x: z, lambda z, x: x, lambda z, x: x.mT.mT, lambda z, x: (0.5 * z + x).mT.contiguous().mT],
+        ids=["z", "x", "view of x", "other strides"],
+    )
+    def test_maps_that_return_what_they_were_given(self, f: Callable[..., Tensor]) -> None:
+        @torch.no_grad()
+        def solve(x: Tensor) -> Solution:
+            return fixed_point(f, torch.zeros_like(x), x, solver=Picard())
+
+        x = torch.ones(2, 3)
+        solved_alike(torch.compile(solve, fullgraph=True, backend="eager")(x), solve(x))
+
+    def test_every_status_is_returned(self) -> None:
+        x = torch.tensor([[0.5, 0.5], [2.0, 0.5], [1.0, 1.0]])  # converges, becomes NaN, runs out of budget
+
+        @torch.no_grad()
+        def solve(x: Tensor, **options: Any) -> Solution:
+            def f(z: Tensor) -> Tensor:
+                grown = torch.where((x > 1) & (z > 1.5), torch.nan, 0.5 * z + x)
+                return torch.where(x == 1, -z + 1, grown)
+
+            return fixed_point(f, torch.zeros_like(x), solver=Picard(), **options)
+
+        z, stats = got = torch.compile(solve, fullgraph=True, backend="eager")(x)
+        assert stats.status.tolist() == [Status.CONVERGED, Status.NONFINITE, Status.EXHAUSTED]
+        assert bool(z.isfinite().all())
+        solved_alike(got, solve(x, raise_nonfinite=False))
+
+    def test_budget_holds(self) -> None:
+        z0, W, x = problem()
+
+        @torch.no_grad()
+        def solve(x: Tensor, max_evals: int) -> Solution:
+            return fixed_point(tanh_map, z0, W, x, stopping=Stopping(rtol=0, max_evals=max_evals))
+
+        compiled = torch.compile(solve, fullgraph=True, backend="eager")
+        for max_evals in (1, 7):
+            assert compiled(x, max_evals).stats.evaluations == max_evals
+            solved_alike(compiled(x, max_evals), solve(x, max_evals))
+
+    def test_gradients_are_refused_with_the_remedy(self) -> None:
+        z0, W, x = problem()
+        passed, owned = (lambda x: fixed_point(tanh_map, z0, W, x)), DEQ(Cell())
+        used = lambda x: fixed_point(lambda z: tanh_map(z, W, x), z0)  # noqa: E731
+        for solve, inputs in ((passed, x), (used, x), (owned, torch.randn(3, 4).double())):
+            with pytest.raises(Unsupported, match="gradients through a solve cannot be traced: compile the map alone"):
+                torch.compile(solve, fullgraph=True, backend="eager")(inputs)
+
+    def test_solvers_that_look_at_values_are_refused_with_the_remedy(self) -> None:
+        x = torch.ones(2, 3)
+        for options in ({"solver": GMRES()}, {"solver": Broyden(line_search=2)}, {"stopping": Stopping(trace=True)}):
+
+            def solve(x: Tensor, options: Any = options) -> Solution:
+                return fixed_point(lambda z, x: 0.5 * z + x, torch.zeros_like(x), x, **options)
+
+            with pytest.raises(Unsupported, match=r"only Picard\(\), Anderson\(\) and Broyden\(\) without line search"):
+                torch.compile(solve, fullgraph=True, backend="eager")(x)
+
+    def test_mistakes_are_named(self) -> None:
+        with pytest.raises(Unsupported, match=r"f returned shape \(2, 2\) for z of shape \(2, 3\)"):
+            torch.compile(lambda z: fixed_point(lambda z: z[:, :2], z), fullgraph=True, backend="eager")(torch.ones(2, 3))
+
+    def test_without_fullgraph_the_solve_leaves_the_graph_and_keeps_its_gradient(self) -> None:
+        z0, W, x = problem()
+
+        def model(x: Tensor) -> Tensor:
+            return fixed_point(tanh_map, z0, W, 2 * x, stopping=STOPPING).z.square().sum()
+
+        compiled = torch.compile(model, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), model(x))
+        gradients = [torch.autograd.grad(h(x), W)[0] for h in (compiled, model)]
+        torch.testing.assert_close(*gradients)
+        seen = graphs()
+        compiled(x + 1)
+        assert graphs() == seen

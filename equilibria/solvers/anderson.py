@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class AndersonState(State):
     """(B,) the residual to which progress is compared."""
     waited: Tensor
     """(B,) steps since the mark was set."""
-    age: int
+    age: int | Tensor
     """Pairs stored so far."""
 
     def pull(self, g: Tensor) -> Tensor:
@@ -98,6 +98,8 @@ class Anderson:
     """How many times ‖g - Σ γᵢ Δgᵢ‖ (or half of ‖g‖, if that is more) the residual after a step of type 2 may be before the
     sample forgets its history. Where f itself expands, as plain steps show, as much more is allowed. None: never forget."""
 
+    traceable: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_count("Anderson", "history", self.history, 1)
         check_damping("Anderson", self.damping)
@@ -122,7 +124,7 @@ class Anderson:
 
     def step(self, f: Map, state: AndersonState) -> AndersonState:
         z, rest, predicted = state.fz.to(state.g.dtype), state.g, state.norm
-        if state.age:
+        if isinstance(state.age, Tensor) or state.age:
             gamma, predicted = self._weights(state)
             z = combine(z, gamma, in_use(state.df, state.age))
             if self.damping != 1.0:
@@ -143,12 +145,20 @@ class Anderson:
         known = gamma.detach()
         change = torch.linalg.vecdot(known, torch.bmm(gram.detach(), known.unsqueeze(2)).squeeze(2) - 2 * rhs.detach())
         predicted = (state.norm.square() + change).clamp(min=0).sqrt()
-        if self.type is None and len(rows := _stalled(state).nonzero().squeeze(1)):
-            dg, back = dg[rows], dg[rows] - df[rows]  # back = -Δz
-            first = self._solve(torch.bmm(back, dg.mT), dots(back, state.g[rows]), lengths[rows])
-            gamma = gamma.index_copy(0, rows, first)
-            predicted = predicted.index_fill(0, rows, torch.inf)
+        if self.type is None:
+            stalled = _stalled(state)
+            predicted = torch.where(stalled, torch.inf, predicted)
+            if isinstance(state.age, Tensor):  # which samples have stalled is not known: all take part
+                gamma = torch.where(stalled.unsqueeze(1), self._first(dg, df, state.g, lengths), gamma)
+            elif len(rows := stalled.nonzero().squeeze(1)):
+                first = self._first(dg[rows], df[rows], state.g[rows], lengths[rows])
+                gamma = gamma.index_copy(0, rows, first)
         return gamma, predicted
+
+    def _first(self, dg: Tensor, df: Tensor, g: Tensor, lengths: Tensor) -> Tensor:
+        """(B, used): γ of type 1."""
+        back = dg - df  # -Δz
+        return self._solve(torch.bmm(back, dg.mT), dots(back, g), lengths)
 
     def _solve(self, system: Tensor, rhs: Tensor, lengths: Tensor) -> Tensor:
         ridge = 10 * torch.finfo(system.dtype).eps if self.ridge is None else self.ridge
@@ -184,6 +194,6 @@ class Anderson:
 def _stalled(state: AndersonState) -> Tensor:
     """(B,) which samples make no progress, other than for want of digits."""
     stalled = state.waited >= STALL_STEPS
-    if bool(stalled.any()):
+    if isinstance(state.age, Tensor) or bool(stalled.any()):
         stalled = stalled & (state.norm > 10 * torch.finfo(state.z.dtype).eps * l2(state.fz.detach()))
     return stalled

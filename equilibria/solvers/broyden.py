@@ -36,7 +36,7 @@ class BroydenState(State):
     """(B, m, m) L + S Yᵀ"""
     lengths: Tensor
     """(B, m) ‖s‖₂, 0 for slots not in use."""
-    age: int
+    age: int | Tensor
     """Pairs stored so far."""
 
     def pull(self, g: Tensor) -> Tensor:
@@ -76,6 +76,10 @@ class Broyden:
         check_count("Broyden", "history", self.history, 1)
         check_count("Broyden", "line_search", self.line_search, 0)
 
+    @property
+    def traceable(self) -> bool:
+        return self.line_search == 0
+
     def init(self, f: Map, z0: Tensor) -> BroydenState:
         fz = f(z0)
         g = difference(fz, z0)
@@ -86,7 +90,7 @@ class Broyden:
 
     def step(self, f: Map, state: BroydenState) -> BroydenState:
         target = state.fz.to(state.g.dtype)
-        if state.age:
+        if isinstance(state.age, Tensor) or state.age:
             rhs = dots(in_use(state.s, state.age), state.g)
             gamma = solve_scaled(square_in_use(state.core, state.age), rhs, in_use(state.lengths, state.age))
             target = combine(target, gamma, in_use(state.df, state.age))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -26,6 +27,7 @@ class Picard:
     """
 
     damping: float = 1.0
+    traceable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_damping("Picard", self.damping)

@@ -30,7 +30,8 @@ class Map(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Where a solve stands. Solvers add fields: tensors with the batch first, or integers shared by all samples.
+    """Where a solve stands. Solvers add fields: tensors with the batch first, or integers shared by all samples (while
+    torch.compile traces a whole solve these are tensors without dimensions).
 
     Tensors other than z, fz and g may be overwritten by the next step (ring buffers are); those three never are.
     """
@@ -61,7 +62,11 @@ S = TypeVar("S", bound=State)
 
 
 class Solver(Protocol[S]):
-    """A root solver for g(z) = f(z) - z. It holds no tolerance and no loop: those are `Stopping` and `iterate`."""
+    """A root solver for g(z) = f(z) - z. It holds no tolerance and no loop: those are `Stopping` and `iterate`.
+
+    An attribute `traceable` may say that torch.compile can hold its solves in one graph: then no step asks for the value of
+    a tensor, nor for that of an integer of its state, and all steps take the same number of evaluations.
+    """
 
     def init(self, f: Map, z0: Tensor) -> S:
         """The state at z0; one evaluation of f."""
@@ -84,17 +89,21 @@ def recorded(*tensors: Tensor) -> bool:
 
 
 # Differences are kept in ring buffers (B, m, D): pair number `age`, counted from 0, lies in slot age mod m. Only the
-# functions down to `newest` know that.
+# functions down to `_slot` know that. Where the age is a tensor, its value is not known and all slots are looked at: those
+# not in use hold zeros, and length 0.
 
 
-def store_difference(history: Tensor, age: int, new: Tensor, old: Tensor) -> Tensor:
-    """history (B, m, D) with new - old (B, D) as pair `age`: in place, or as a copy where autograd records the solve.
+def store_difference(history: Tensor, age: int | Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """history (B, m, D) with new - old (B, D) as pair `age`: in place, or as a copy where autograd records the solve
+    or one graph holds it.
 
     The difference is taken in float32 at least and rounded to the dtype of the history.
     """
-    slot = age % history.shape[1]
     dtype = torch.promote_types(work_dtype(new.dtype), work_dtype(history.dtype))
     new, old = new.to(dtype), old.to(dtype)
+    if isinstance(age, Tensor):
+        return torch.where(_slot(history, 1, age), (new - old).to(history.dtype).unsqueeze(1), history)
+    slot = age % history.shape[1]
     if recorded(history, new, old):
         stored = (new - old).to(history.dtype).unsqueeze(1)
         return history.index_copy(1, torch.tensor([slot], device=history.device), stored)
@@ -105,8 +114,11 @@ def store_difference(history: Tensor, age: int, new: Tensor, old: Tensor) -> Ten
     return history
 
 
-def store_products(matrix: Tensor, age: int, row: Tensor, column: Tensor) -> Tensor:
+def store_products(matrix: Tensor, age: int | Tensor, row: Tensor, column: Tensor) -> Tensor:
     """A copy of matrix (B, m, m) with the products (B, used) of pair `age` and all pairs in use, itself included."""
+    if isinstance(age, Tensor):
+        matrix = torch.where(_slot(matrix, 1, age), row.unsqueeze(1), matrix)
+        return torch.where(_slot(matrix, 2, age), column.unsqueeze(2), matrix)
     slot, used = age % matrix.shape[1], row.shape[1]
     matrix = matrix.clone()
     matrix[:, slot, :used] = row
@@ -114,27 +126,39 @@ def store_products(matrix: Tensor, age: int, row: Tensor, column: Tensor) -> Ten
     return matrix
 
 
-def store_length(lengths: Tensor, age: int, length: Tensor) -> Tensor:
+def store_length(lengths: Tensor, age: int | Tensor, length: Tensor) -> Tensor:
     """A copy of lengths (B, m) with the length (B,) of pair `age`."""
+    if isinstance(age, Tensor):
+        return torch.where(_slot(lengths, 1, age), length.unsqueeze(1), lengths)
     lengths = lengths.clone()
     lengths[:, age % lengths.shape[1]] = length
     return lengths
 
 
-def in_use(buffer: Tensor, age: int) -> Tensor:
+def in_use(buffer: Tensor, age: int | Tensor) -> Tensor:
     """The slots filled once `age` pairs are stored: (B, m, ...) -> (B, min(age, m), ...)."""
-    return buffer[:, : min(age, buffer.shape[1])]
+    return buffer if isinstance(age, Tensor) else buffer[:, : min(age, buffer.shape[1])]
 
 
-def square_in_use(matrix: Tensor, age: int) -> Tensor:
+def square_in_use(matrix: Tensor, age: int | Tensor) -> Tensor:
     """(B, m, m) -> (B, min(age, m), min(age, m))."""
+    if isinstance(age, Tensor):
+        return matrix
     used = min(age, matrix.shape[1])
     return matrix[:, :used, :used]
 
 
-def newest(history: Tensor, age: int) -> Tensor:
+def newest(history: Tensor, age: int | Tensor) -> Tensor:
     """(B, D): pair `age`."""
+    if isinstance(age, Tensor):
+        return history.index_select(1, (age % history.shape[1]).reshape(1)).squeeze(1)
     return history[:, age % history.shape[1]]
+
+
+def _slot(buffer: Tensor, dim: int, age: Tensor) -> Tensor:
+    """Where pair `age` lies along a dimension: a choice fuses with its neighbours in a graph, an indexed copy does not."""
+    here = torch.arange(buffer.shape[dim], device=buffer.device) == age % buffer.shape[dim]
+    return here.view(-1, *[1] * (buffer.dim() - dim - 1))
 
 
 def dots(history: Tensor, v: Tensor) -> Tensor:
