@@ -53,10 +53,10 @@ class AndersonState(State):
     """Pairs stored so far."""
 
     def pull(self, g: Tensor) -> Tensor:
-        """gᵀ H = gᵀ - (ΔF g)ᵀ (ΔG ΔGᵀ)⁻¹ ΔG."""
-        lengths = self.gram.diagonal(dim1=1, dim2=2).sqrt()
-        gamma = solve_scaled(self.gram, dots(self.df, g), lengths, 10 * torch.finfo(g.dtype).eps)
-        return combine(g, gamma, self.dg)
+        """gᵀ H = gᵀ - (ΔF g)ᵀ (ΔG ΔGᵀ)⁻¹ ΔG, the estimate of type 2, whatever steps were taken."""
+        dg, df, lengths = (in_use(part, self.age) for part in (self.dg, self.df, self.lengths))
+        gamma = solve_scaled(torch.bmm(dg, dg.mT), dots(df, g), lengths, 10 * torch.finfo(g.dtype).eps)
+        return combine(g, gamma, dg)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,8 +41,8 @@ class BroydenState(State):
 
     def pull(self, g: Tensor) -> Tensor:
         """gᵀ H = gᵀ - (ΔF g)ᵀ (L + S Yᵀ)⁻¹ S."""
-        gamma = solve_scaled(self.core.mT, dots(self.df, g), self.lengths)
-        return combine(g, gamma, self.s)
+        s, df, lengths = (in_use(part, self.age) for part in (self.s, self.df, self.lengths))
+        return combine(g, solve_scaled(square_in_use(self.core, self.age).mT, dots(df, g), lengths), s)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,9 +108,9 @@ def test_falls_back_where_the_guess_is_worse_than_nothing() -> None:
 @pytest.mark.parametrize("solver", [Anderson(), Broyden()], ids=["anderson", "broyden"])
 def test_the_gradient_of_a_sample_does_not_depend_on_its_batch(solver: Any) -> None:
     """Its estimate is that of the step at which it was frozen, though neighbours go on and write over the history."""
-    rates = torch.linspace(0.1, 0.3, 8).double().expand(3, 8).clone()
-    rates[1] = torch.linspace(-0.99, 0.99, 8)
-    b, g = normal(2, 3, 8).requires_grad_(), normal(1, 3, 8)
+    rates = torch.linspace(0.1, 0.3, 40).double().expand(3, 40).clone()
+    rates[1] = torch.linspace(-0.99, 0.99, 40)
+    b, g = normal(2, 3, 40).requires_grad_(), normal(1, 3, 40)
     options: Any = {"solver": solver, "adjoint": Shine(refine=0), "stopping": Stopping(rtol=1e-4, max_evals=60)}
     together, stats = gradient(diagonal_map, (rates, b), b, g, **options)
     assert int(stats.steps[1]) > int(stats.steps[0]) + 8
