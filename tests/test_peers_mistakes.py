@@ -53,6 +53,8 @@ OTHER_VALUES: dict[tuple[str, str], Any] = {
     ("Anderson", "history"): 2,
     ("Anderson", "damping"): 0.5,
     ("Anderson", "ridge"): 1e-2,
+    ("Anderson", "type"): 1,
+    ("Anderson", "restart"): 1.0,
     ("Broyden", "history"): 2,
     ("Broyden", "line_search"): 3,
     ("NewtonKrylov", "max_krylov"): 1,
