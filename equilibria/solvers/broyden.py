@@ -12,6 +12,7 @@ from equilibria.solvers.solver import (
     Map,
     State,
     check_count,
+    check_factor,
     combine,
     difference,
     dots,
@@ -36,6 +37,12 @@ class BroydenState(State):
     """(B, m, m) L + S Yᵀ"""
     lengths: Tensor
     """(B, m) ‖s‖₂, 0 for slots not in use."""
+    best: Tensor
+    """(B,) the smallest ‖g‖₂ so far, where `divergence` is given."""
+    best_z: Tensor
+    """(B, D) the z that has it."""
+    best_fz: Tensor
+    """(B, D) f(best_z)."""
     age: int | Tensor
     """Pairs stored so far."""
 
@@ -57,7 +64,8 @@ class Broyden:
     This is the product of the rank-one updates, written as one small system (Byrd, Nocedal and Schnabel 1994,
     "Representations of quasi-Newton matrices and their use in limited memory methods", section 7, inverted by
     Sherman-Morrison-Woodbury), so that forgetting the oldest pair leaves exactly Broyden's method on those that remain,
-    and memory is 2 · history states whatever the budget. A sample whose system is singular takes a plain step.
+    and memory is 2 · history states whatever the budget. A sample whose system is singular takes a plain step. A sample
+    that diverges can be put back to its best iterate (`divergence`).
 
     Source: Broyden 1965; in DEQs Bai et al. 2019, section 3.1.3. With a history of 2d, a linear map of dimension d is
     solved within 2d steps (Gay 1979).
@@ -72,9 +80,21 @@ class Broyden:
     """Most backtracking evaluations per step (Armijo's condition on ‖g‖², per sample); 0 takes full steps. Evaluations are
     shared by the batch, so with a line search a sample that runs out of budget may stop earlier in a harder batch."""
 
+    storage: torch.dtype | None = None
+    """The dtype in which pairs are kept, such as torch.bfloat16 for half the memory of float32; None: float32 at least.
+    Products are taken in float32 at least whatever the storage, and row by row, which is slower."""
+    divergence: float | None = None
+    """A sample whose ‖g‖ exceeds its smallest so far by this factor, or is not finite, goes back to its best iterate and
+    forgets all pairs but the newest, which tells where not to go; that costs two more states of memory. It keeps maps that
+    grow fast from overflowing. On the way to a root the residual may rise a thousandfold: give 1e4 or more. None: never, so
+    that a map that is not finite shows."""
+
     def __post_init__(self) -> None:
         check_count("Broyden", "history", self.history, 1)
         check_count("Broyden", "line_search", self.line_search, 0)
+        check_factor("Broyden", "divergence", self.divergence, 1.0)
+        if self.storage is not None and not getattr(self.storage, "is_floating_point", False):
+            raise TypeError(f"Broyden(storage={self.storage!r}): storage must be a floating dtype such as torch.bfloat16")
 
     @property
     def traceable(self) -> bool:
@@ -84,9 +104,12 @@ class Broyden:
         fz = f(z0)
         g = difference(fz, z0)
         batch, size = g.shape
-        s = g.new_zeros(batch, self.history, size)
+        s = g.new_zeros(batch, self.history, size, dtype=self.storage)
         core = g.new_zeros(batch, self.history, self.history)
-        return BroydenState(z=z0, fz=fz, g=g, s=s, df=torch.zeros_like(s), core=core, lengths=core[:, 0], age=0)
+        return BroydenState(
+            z=z0, fz=fz, g=g, s=s, df=torch.zeros_like(s), core=core, lengths=core[:, 0], best=l2(g.detach()),
+            best_z=z0, best_fz=fz, age=0,
+        )  # fmt: skip
 
     def step(self, f: Map, state: BroydenState) -> BroydenState:
         target = state.fz.to(state.g.dtype)
@@ -97,13 +120,32 @@ class Broyden:
         return self._remember(state, *backtrack(f, state, target, self.line_search))
 
     def _remember(self, state: BroydenState, z: Tensor, fz: Tensor, g: Tensor) -> BroydenState:
-        age = state.age
+        age, lost = state.age, None
+        if self.divergence is not None:
+            norm = l2(g.detach())
+            lost = ~(norm <= self.divergence * state.best)  # true for NaN too
+            z, fz, g = _back_to_best(~norm.isfinite(), state, z, fz, g)  # before they spoil the pairs
         s = store_difference(state.s, age, z, state.z)
         df = store_difference(state.df, age, fz, state.fz)
         # What was stored counts, not what was rounded to it.
         new, change = newest(s, age).to(g.dtype), newest(df, age).to(g.dtype)
         row = dots(in_use(df, age + 1), new)  # s · (y_j + s_j) for older j
         column = dots(in_use(s, age + 1), change - new)  # s_j · y: older j have no term of L here
-        lengths = store_length(state.lengths, age, l2(new.detach()))
-        core = store_products(state.core, age, row, column)
-        return BroydenState(z=z, fz=fz, g=g, s=s, df=df, core=core, lengths=lengths, age=age + 1)
+        lengths, length = state.lengths, l2(new.detach())
+        best, best_z, best_fz = state.best, z, fz
+        if lost is not None:
+            lengths = torch.where(lost.unsqueeze(1), 0.0, lengths)  # all but the newest, which tells where not to go
+            z, fz, g = _back_to_best(lost, state, z, fz, g)
+            norm = l2(g.detach())
+            best_z, best_fz, _ = _back_to_best(norm > best, state, z, fz, g)
+            best = torch.fmin(norm, best)
+        return BroydenState(
+            z=z, fz=fz, g=g, s=s, df=df, core=store_products(state.core, age, row, column),
+            lengths=store_length(lengths, age, length), best=best, best_z=best_z, best_fz=best_fz, age=age + 1,
+        )  # fmt: skip
+
+
+def _back_to_best(rows: Tensor, state: BroydenState, z: Tensor, fz: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """z, f(z) and g, and in some rows (B,) those of the best iterate."""
+    rows, best_g = rows.unsqueeze(1), difference(state.best_fz, state.best_z)
+    return torch.where(rows, state.best_z, z), torch.where(rows, state.best_fz, fz), torch.where(rows, best_g, g)
