@@ -36,7 +36,7 @@ class Declared:
             raise TypeError(f"f is a {type(f).__name__}; give a function z, *args -> z or an nn.Module")
         self.f = f
         self.layout = layout
-        self.autocast = _autocast(layout.device)
+        self.autocast = autocast_now(layout.device)
         self.module = _module_of(f)
         if self.module is not None:
             _refuse_dropout(self.module)
@@ -133,7 +133,7 @@ class _Method(nn.Module):
         return self.call[0](*inputs)
 
 
-def _autocast(device: torch.device) -> torch.autocast | None:
+def autocast_now(device: torch.device) -> torch.autocast | None:
     """The autocast mode of the solve, entered anew at each evaluation: the backward pass evaluates f outside of it.
 
     Without autocast's cache: a weight that was cast where no gradient is recorded would be reused where one is.

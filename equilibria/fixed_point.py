@@ -55,9 +55,9 @@ def fixed_point(
     Under torch.compile:
         A compiled f, torch.compile(f) or block.compile(), serves like any other, with all derivatives; those of second
         order and torch.func transforms run it uncompiled. A whole solve becomes one graph, fullgraph=True included, if
-        it needs no gradient and its solver is Picard, Anderson or Broyden without line search; in the graph f is not
-        checked, the batch stays whole, and raise_nonfinite is not heeded: look at the status. Other solves leave the
-        graph and run eagerly.
+        it needs no gradient and its solver is Picard, ReversiblePicard, Anderson, or Broyden without line search; in the
+        graph f is not checked, the batch stays whole, and raise_nonfinite is not heeded: look at the status. Other
+        solves leave the graph and run eagerly.
 
     Source: Bai, Kolter and Koltun 2019, "Deep equilibrium models", section 3.1.
 

@@ -6,13 +6,16 @@ Imported only then, for it needs the compiler, which takes as long to import as 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
+from torch.utils._pytree import tree_map_only
 
+from equilibria.declared import autocast_now
 from equilibria.iterate import BudgetedMap, Loop, Record
 from equilibria.solution import Solution, Stats
 from equilibria.solvers import Solver
@@ -36,16 +39,22 @@ def solve_in_graph(
     if not getattr(solver, "traceable", False) or stopping.trace:
         return _outside_for_its_steps(eager)
     layout = layout_of(z0)
+    autocast = autocast_now(layout.device)
 
     def flat(z: Tensor) -> Tensor:
         """f on (B, D); a copy, since a loop must not return what it was given, in another form or as a part."""
-        return _copy(layout.pack_output(f(layout.unpack(z), *args), layout.batch))
+        with autocast or nullcontext():
+            output = f(layout.unpack(z), *args)
+        if autocast is not None:
+            output = tree_map_only(Tensor, lambda leaf: leaf.to(layout.dtype), output)
+        return _copy(layout.pack_output(output, layout.batch))
 
     start = layout.pack(z0).detach()
     known = flat(start)
     if known.requires_grad:
         return _outside_for_gradients(eager)
-    with torch.no_grad():
+    plain = nullcontext() if autocast is None else torch.autocast(layout.device.type, enabled=False)
+    with torch.no_grad(), plain:
         record, evaluations = _loop(solver, flat, start, known, stopping)
         solved = record.solved(stopping)
     stats = Stats(
@@ -120,8 +129,8 @@ def _outside_for_gradients(eager: Callable[[], Solution]) -> Solution:
 
 
 @torch.compiler.disable(
-    reason="only Picard(), Anderson() and Broyden() without line search, and no Stopping(trace=True), can be traced as "
-    "one graph: use one of those, or compile the map alone: f = torch.compile(f) or block.compile()"
+    reason="only Picard(), ReversiblePicard(), Anderson() and Broyden() without line search, and no Stopping(trace=True), "
+    "can be traced as one graph: use one of those, or compile the map alone: f = torch.compile(f) or block.compile()"
 )
 def _outside_for_its_steps(eager: Callable[[], Solution]) -> Solution:
     return eager()

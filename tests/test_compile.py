@@ -22,9 +22,12 @@ from equilibria import (
     Anderson,
     Broyden,
     Implicit,
+    Neumann,
     Phantom,
     Picard,
     RandomMapError,
+    ReversiblePicard,
+    Shine,
     Solution,
     Status,
     Stopping,
@@ -166,8 +169,8 @@ class TestCompiledMap:
         gradients = [torch.autograd.grad(z.square().sum(), W)[0] for z in (got, want)]
         torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
 
-    @pytest.mark.parametrize("adjoint", [Phantom(steps=2), Unrolled()])
-    def test_other_adjoints_record_it(self, adjoint: Any) -> None:
+    @pytest.mark.parametrize("adjoint", [Phantom(steps=2), Unrolled(), Shine(), Neumann()], ids=repr)
+    def test_serves_other_adjoints(self, adjoint: Any) -> None:
         z0, W, x = problem()
         f = torch.compile(tanh_map, backend="aot_eager")
         got, want = (fixed_point(h, z0, W, x, adjoint=adjoint).z for h in (f, tanh_map))
@@ -238,6 +241,7 @@ class TestWholeSolve:
         [
             (Picard(), 3),
             (Picard(damping=0.7), 1),
+            (ReversiblePicard(damping=0.9), 3),
             (Anderson(), 3),
             (Anderson(history=2, damping=0.8), 1),
             (Broyden(), 1),
@@ -282,6 +286,14 @@ class TestWholeSolve:
         stopping = Stopping(rtol=1e-8, max_evals=200)
         assert converged(Anderson()).all()
         assert not converged(Anderson(type=2)).all()
+
+    def test_autocast_is_for_the_map_alone(self) -> None:
+        deq, x = DEQ(Cell().float()).eval(), torch.randn(3, 4)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            want = deq(x)
+            solved_alike(torch.compile(deq, fullgraph=True, backend="eager")(x), want)
+        assert want.z.dtype == torch.float32
+        assert bool(want.stats.converged.all())
 
     def test_nested_states(self) -> None:
         x = torch.linspace(-1, 1, 6).reshape(2, 3)
@@ -376,7 +388,7 @@ class TestWholeSolve:
             def solve(x: Tensor, options: Any = options) -> Solution:
                 return fixed_point(lambda z, x: 0.5 * z + x, torch.zeros_like(x), x, **options)
 
-            with pytest.raises(Unsupported, match=r"only Picard\(\), Anderson\(\) and Broyden\(\) without line search"):
+            with pytest.raises(Unsupported, match=r"only Picard\(\), .* and Broyden\(\) without line search"):
                 torch.compile(solve, fullgraph=True, backend="eager")(x)
 
     def test_mistakes_are_named(self) -> None:

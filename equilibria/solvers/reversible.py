@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class ReversiblePicard:
     """
 
     damping: float = 0.5
+    traceable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.damping < 1.0:
