@@ -57,6 +57,8 @@ OTHER_VALUES: dict[tuple[str, str], Any] = {
     ("Anderson", "restart"): 1.0,
     ("Broyden", "history"): 2,
     ("Broyden", "line_search"): 3,
+    ("Broyden", "storage"): torch.bfloat16,
+    ("Broyden", "divergence"): 2.0,
     ("NewtonKrylov", "max_krylov"): 1,
     ("NewtonKrylov", "forcing"): 1e-6,
     ("NewtonKrylov", "line_search"): 0,
