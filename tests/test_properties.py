@@ -111,6 +111,15 @@ class TestNested:
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="the order of the keys is taken for another structure")
+def test_the_order_of_keys_is_no_part_of_a_state() -> None:
+    a, b = torch.zeros(2, 3).double(), torch.zeros(2, 1).double()
+    z = fixed_point(lambda z: {"b": torch.cos(z["b"]), "a": 0.5 * z["a"] + 1}, {"a": a, "b": b}).z
+    assert list(z) == ["a", "b"]
+    assert torch.allclose(z["a"], 2 + a, rtol=1e-2)
+    assert torch.allclose(z["b"], 0.739 + b, rtol=1e-2)
+
+
 def weighted(r: Tensor) -> Tensor:
     return (r.abs() * torch.linspace(0.5, 2.0, r.shape[1])).sum(1)
 
