@@ -25,6 +25,8 @@ SOLVERS: dict[str, Any] = {
     "anderson": Anderson(history=3),
     "anderson damped": Anderson(history=3, damping=0.6),
     "broyden": Broyden(history=3),
+    "anderson, first type": Anderson(history=3, type=1),
+    "broyden put back": Broyden(history=3, divergence=2.0),
     "line search": Broyden(line_search=4),
     "newton": NewtonKrylov(),
     "gmres": GMRES(restart=3),
