@@ -141,24 +141,23 @@ class Anderson:
         gram, rhs = square_in_use(state.gram, state.age), dots(dg, state.g)
         if self.type == 1:
             return self._solve(gram, rhs - dots(df, state.g), lengths), torch.full_like(state.norm, torch.inf)
-        gamma = self._solve(gram, rhs, lengths)
+        stalled = _stalled(state) if self.type is None else None
+        traced = isinstance(state.age, Tensor)
+        if stalled is not None and traced:  # which samples have stalled is not known: all take part
+            system, right = _first_type(dg, df, state.g)
+            system = torch.where(stalled.view(-1, 1, 1), system, gram)
+            gamma = self._solve(system, torch.where(stalled.unsqueeze(1), right, rhs), lengths)
+        else:
+            gamma = self._solve(gram, rhs, lengths)
         known = gamma.detach()
         change = torch.linalg.vecdot(known, torch.bmm(gram.detach(), known.unsqueeze(2)).squeeze(2) - 2 * rhs.detach())
         predicted = (state.norm.square() + change).clamp(min=0).sqrt()
-        if self.type is None:
-            stalled = _stalled(state)
+        if stalled is not None:
             predicted = torch.where(stalled, torch.inf, predicted)
-            if isinstance(state.age, Tensor):  # which samples have stalled is not known: all take part
-                gamma = torch.where(stalled.unsqueeze(1), self._first(dg, df, state.g, lengths), gamma)
-            elif len(rows := stalled.nonzero().squeeze(1)):
-                first = self._first(dg[rows], df[rows], state.g[rows], lengths[rows])
+            if not traced and len(rows := stalled.nonzero().squeeze(1)):
+                first = self._solve(*_first_type(dg[rows], df[rows], state.g[rows]), lengths[rows])
                 gamma = gamma.index_copy(0, rows, first)
         return gamma, predicted
-
-    def _first(self, dg: Tensor, df: Tensor, g: Tensor, lengths: Tensor) -> Tensor:
-        """(B, used): γ of type 1."""
-        back = dg - df  # -Δz
-        return self._solve(torch.bmm(back, dg.mT), dots(back, g), lengths)
 
     def _solve(self, system: Tensor, rhs: Tensor, lengths: Tensor) -> Tensor:
         ridge = 10 * torch.finfo(system.dtype).eps if self.ridge is None else self.ridge
@@ -189,6 +188,12 @@ class Anderson:
             expansion=expansion, mark=torch.where(fallen, norm, state.mark),
             waited=waited, age=age + 1,
         )  # fmt: skip
+
+
+def _first_type(dg: Tensor, df: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The system (B, used, used) and the right-hand side (B, used) of type 1, both times -1."""
+    back = dg - df  # -Δz
+    return torch.bmm(back, dg.mT), dots(back, g)
 
 
 def _stalled(state: AndersonState) -> Tensor:
