@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from equilibria.compiled import nodes_behind, source
 from equilibria.solution import RandomMapError, UndeclaredTensorError
 from equilibria.structure import Layout
-from equilibria.transforms import carries_derivatives, without_derivatives
+from equilibria.transforms import carries_derivatives, transformed, without_derivatives
 
 
 class Declared:
@@ -60,7 +60,7 @@ class Declared:
             leaves[place] = tensor
         args = tree_unflatten(leaves, self._spec)
         state = self.layout.unpack(z)
-        owned = tensors[len(self._places) :]
+        owned, version = tensors[len(self._places) :], _version(z)
         with self.autocast or nullcontext():
             if self.module is None or all(place.holds(value) for place, value in zip(self._owned, owned, strict=True)):
                 output = self.f(state, *args)
@@ -70,6 +70,11 @@ class Declared:
                 method = _Method(self.f, self.module)
                 # Every slot is named, tied ones too; left to itself, torch would restore a slot with two names wrongly.
                 output = torch.func.functional_call(method, values, (state, *args), tie_weights=False)
+        if _version(z) != version:
+            raise ValueError(
+                "f writes into its argument z, which the solver still needs: use operations that return a new tensor, "
+                "z * 0.5 instead of z.mul_(0.5), and do not return memory that the next call overwrites"
+            )
         if self.autocast is not None:
             output = tree_map_only(Tensor, lambda leaf: leaf.to(self.layout.dtype), output)
         return self.layout.pack_output(output, z.shape[0])
@@ -80,13 +85,12 @@ class Declared:
         f must not draw random numbers, not write into z and, with `check_grad`, not use tensors that carry derivatives
         besides those declared: with these detached, its output would carry them too.
         """
-        random, version = _random_states(z.device), _version(z)
+        random = _random_states(z.device)
         inputs = tuple(map(without_derivatives, (z, *tensors))) if check_grad else (z, *tensors)
         output = self(*inputs)
-        if _version(z) != version:
-            raise ValueError("f writes into its argument z, which the solver still needs; use operations that return a new "
-                             "tensor: z * 0.5 instead of z.mul_(0.5)")  # fmt: skip
-        if not all(map(torch.equal, random, _random_states(z.device))):
+        moved = not all(map(torch.equal, random, _random_states(z.device)))
+        # Another thread may have drawn them: f itself is random if it gives something else now.
+        if moved and (transformed() or not torch.equal(output, self(*inputs))):
             raise RandomMapError(
                 "f draws random numbers, so it changes at every evaluation and has no fixed point; draw them once before "
                 "the solve and pass them in args (for dropout: equilibria.nn.FrozenDropout, its mask drawn in prepare)"

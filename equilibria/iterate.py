@@ -168,17 +168,24 @@ class Record:
     @staticmethod
     def start(state: State, stopping: Stopping) -> Record:
         residual, scale = _measure(state, stopping)
+        for value in (residual, scale):
+            if value.shape != state.z.shape[:1]:
+                raise ValueError(
+                    f"Stopping(norm={stopping.norm}) made a tensor of shape {tuple(value.shape)} of a residual of shape "
+                    f"{tuple(state.z.shape)}; it must return one number for each sample, (B, D) -> (B,), such as "
+                    "equilibria.stopping.rms does"
+                )
         steps = torch.zeros_like(residual, dtype=torch.int64)
         running = torch.ones_like(residual, dtype=torch.bool)
         record = Record(state.z, residual, scale, steps, steps.to(torch.int8), running, [residual])
-        finite = residual < float("inf")
+        finite = _finite(residual, scale)
         record._settle(finite, finite & (residual <= stopping.tolerance(scale)))
         return record
 
     def update(self, state: State, stopping: Stopping) -> Tensor:
         """Take in one step of every sample, except those that are frozen. Returns whose best iterate (B,) it is."""
         residual, scale = _measure(state, stopping)
-        finite = residual < float("inf")
+        finite = _finite(residual, scale)
         converged = finite & (residual <= stopping.tolerance(scale))
         better = self.running & (converged | (residual < self.residual))
         self.trace.append(torch.where(self.running, residual, self.residual) if stopping.trace else residual)
@@ -228,6 +235,11 @@ class Record:
 def ratio(residual: Tensor, scale: Tensor) -> Tensor:
     """residual / scale, and 0 where the residual is 0."""
     return torch.where(residual == 0, residual, residual / scale)
+
+
+def _finite(residual: Tensor, scale: Tensor) -> Tensor:
+    """False for NaN too. Where the norm of f(z) overflows, any residual would be below rtol times it."""
+    return (residual < float("inf")) & (scale < float("inf"))
 
 
 def _known(condition: Tensor) -> bool:

@@ -109,7 +109,7 @@ class _FixedPoint(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         g = gradients[0]
         z, *args = ctx.saved_tensors
-        wanted = [needed and arg.is_floating_point() for needed, arg in zip(ctx.needs_input_grad[5:], args, strict=True)]
+        wanted = [needed and _differentiable_dtype(arg) for needed, arg in zip(ctx.needs_input_grad[5:], args, strict=True)]
         if g is None or not any(wanted):
             return (None,) * (5 + len(args))
 
@@ -235,6 +235,10 @@ class _Batched(_Derived):
     def __call__(self, u: Tensor, *tensors: Tensor) -> Tensor:
         many = torch.vmap(self.f, in_dims=(0, *self.in_dims))
         return many(u.unflatten(0, (self.size, -1)), *tensors).flatten(0, 1)
+
+
+def _differentiable_dtype(arg: Tensor) -> bool:
+    return arg.is_floating_point() or arg.is_complex()
 
 
 def _with(args: Sequence[Tensor], places: Sequence[int], values: Sequence[Tensor]) -> list[Tensor]:

@@ -106,7 +106,10 @@ class _Reversible(torch.autograd.Function):
         before, exact, steps, z0, *args = ctx.saved_tensors
         if g is None:
             return (None,) * (6 + len(args))
-        wanted = [needed and a.is_floating_point() for needed, a in zip(ctx.needs_input_grad[6:], args, strict=True)]
+        wanted = [
+            needed and (a.is_floating_point() or a.is_complex())
+            for needed, a in zip(ctx.needs_input_grad[6:], args, strict=True)
+        ]
         walk = _WalkBack(partial(_pull, ctx.f, args, wanted), ctx.damping, z0.dtype)
         start, of_z0, of_args = walk(before, exact, steps, g.to(torch.float64))
         _check(start, z0, exact, ctx.adjoint.tolerance, ctx.damping, int(steps.max()))

@@ -37,12 +37,15 @@ def backtrack(f: Map, state: State, target: Tensor, most: int) -> tuple[Tensor, 
     """
     start, before = state.z.to(target.dtype), l2(state.g).square()
     alpha = torch.ones_like(before)
+    # No step helps a sample that has failed, or one whose residual is rounding: they must not spend the batch's budget.
+    rounding = 10 * torch.finfo(state.z.dtype).eps * l2(state.fz)
+    open_ = before.isfinite() & (before > rounding.square())
     z = target.to(state.z.dtype)
     fz = f(z)
     g = difference(fz, z)
     for _ in range(most):
         after = l2(g).square()
-        short = ~(after <= (1.0 - 2e-4 * alpha) * before)  # true for NaN too
+        short = open_ & ~(after <= (1.0 - 2e-4 * alpha) * before)  # true for NaN too
         if f.remaining <= 0 or not bool(short.any()):
             break
         factor = (alpha * before / (after - before + 2 * alpha * before)).nan_to_num(0.1).clamp(0.1, 0.5)

@@ -69,10 +69,6 @@ class TestArgs:
     @pytest.mark.parametrize("name", ADJOINTS)
     def test_complex(self, name: str, request: pytest.FixtureRequest) -> None:
         """A state is real, but what f is given need not be."""
-        if name in ("implicit", "neumann"):
-            request.applymarker(
-                pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the gradient of a complex arg is lost: None")
-            )
         x = X.clone().requires_grad_()
         c = torch.complex(X, 2 * X).requires_grad_()
         found = solve(lambda z, c: torch.tanh(z @ W.T + (c * (2 - 0.5j)).real), c, adjoint=ADJOINTS[name])
@@ -128,9 +124,6 @@ class TestFunctions:
     @each_adjoint
     @pytest.mark.parametrize("solver", [Picard(), NewtonKrylov(line_search=0)], ids=["picard", "newton"])
     def test_compiled(self, adjoint: Any, solver: Any, request: pytest.FixtureRequest) -> None:
-        if adjoint == Unrolled(checkpoint=True) and isinstance(solver, NewtonKrylov):
-            reason = "torch.func's error about saved tensor hooks, also where nothing is compiled"
-            request.applymarker(pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason))
         plain = Block()
         compiled: Any = torch.compile(plain, backend="eager")
         found, expected = (solve(f, X, adjoint=adjoint, solver=solver) for f in (compiled, plain))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from equilibria import DEQ, Anderson, Implicit, Neumann, Phantom, Picard, RandomMapError, Stopping, Unrolled, fixed_point
+from equilibria import DEQ, Anderson, Implicit, Neumann, Phantom, Picard, Stopping, Unrolled, fixed_point
 
 # PyTorch's own, the first time that forward mode is used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -173,9 +173,6 @@ class TestModes:
                 together = list(pool.map(job, inputs))
             assert all(torch.equal(found[0], job(x)[0]) for x, found in zip(inputs, together, strict=True))
 
-    @pytest.mark.xfail(
-        strict=True, raises=RandomMapError, reason="the global random state is compared, which other threads move as well"
-    )
     def test_random_numbers_drawn_by_another_thread(self) -> None:
         """By a sampler that serves other requests, say; f itself is deterministic."""
 
