@@ -149,9 +149,8 @@ class Anderson:
             gamma = self._solve(system, torch.where(stalled.unsqueeze(1), right, rhs), lengths)
         else:
             gamma = self._solve(gram, rhs, lengths)
-        known = gamma.detach()
-        change = torch.linalg.vecdot(known, torch.bmm(gram.detach(), known.unsqueeze(2)).squeeze(2) - 2 * rhs.detach())
-        predicted = (state.norm.square() + change).clamp(min=0).sqrt()
+        # ‖g‖² - γ · ΔG g is what γ has made least: the square asked for, and the ridge's share, which is small.
+        predicted = (state.norm.square() - torch.linalg.vecdot(gamma.detach(), rhs.detach())).clamp(min=0).sqrt()
         if stalled is not None:
             predicted = torch.where(stalled, torch.inf, predicted)
             if not traced and len(rows := stalled.nonzero().squeeze(1)):
@@ -173,20 +172,20 @@ class Anderson:
             row = dots(in_use(dg, age + 1), new - newest(df, age))
             column = column - dots(in_use(df, age + 1), new)
         norm = l2(g.detach())
-        lengths = store_length(state.lengths, age, l2(new.detach()))
-        plain = (state.lengths == 0).all(dim=1)
+        length = l2(new.detach()) if self.type == 1 else newest(row.detach(), age).sqrt()
+        lengths = store_length(state.lengths, age, length)
+        fallen = norm <= STALL_RATIO * state.mark
+        waited = (state.waited + 1).masked_fill(fallen, 0)
+        plain = ~state.lengths.any(dim=1)
         expansion = torch.where(plain, torch.maximum(state.expansion, norm / state.norm), state.expansion)
         if self.restart is not None:
-            allowed = self.restart * state.expansion * torch.maximum(predicted, 0.5 * state.norm)
-            lengths = torch.where((plain | (norm <= allowed)).unsqueeze(1), lengths, 0.0)
-        fallen = norm <= STALL_RATIO * state.mark
-        waited = torch.where(fallen, 0, state.waited + 1)
+            kept = plain | (norm <= self.restart * state.expansion * torch.maximum(predicted, 0.5 * state.norm))
+            lengths = lengths * kept.unsqueeze(1)
         if self.type is None:  # type 1 starts afresh
-            lengths = torch.where((waited == STALL_STEPS).unsqueeze(1), 0.0, lengths)
+            lengths = lengths * (waited != STALL_STEPS).unsqueeze(1)
         return AndersonState(
             z=z, fz=fz, g=g, dg=dg, df=df, gram=store_products(state.gram, age, row, column), lengths=lengths, norm=norm,
-            expansion=expansion, mark=torch.where(fallen, norm, state.mark),
-            waited=waited, age=age + 1,
+            expansion=expansion, mark=torch.where(fallen, norm, state.mark), waited=waited, age=age + 1,
         )  # fmt: skip
 
 
