@@ -96,8 +96,8 @@ def _loop(
 
 def _values(state: State, names: Sequence[str]) -> list[Tensor]:
     """The fields of a solver's state as tensors: counts are carried as such through a compiled loop."""
-    values = [getattr(state, name) for name in names]
-    return [v if isinstance(v, Tensor) else torch.full((), v, dtype=torch.int64, device=state.z.device) for v in values]
+    state = state.traceable()
+    return [getattr(state, name) for name in names]
 
 
 def _best(record: Record) -> list[Tensor]:

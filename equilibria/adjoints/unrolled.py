@@ -13,7 +13,7 @@ from equilibria.adjoints.adjoint import DeclaredFunction, Forward
 from equilibria.iterate import BudgetedMap, Loop, Record, Solved
 from equilibria.solvers.solver import Solver, State
 from equilibria.stopping import Stopping
-from equilibria.transforms import differentiating, transformed
+from equilibria.transforms import differentiating, hides_batch, transformed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,9 @@ class Unrolled:
     With `checkpoint`, only the state of the solver after every √max_evals steps is kept; each segment is computed a second
     time when the backward pass reaches it. Memory then grows with the square root of the budget, and the gradient is the
     same. The batch stays whole. Not inside torch.func transforms, which PyTorch's checkpointing does not support.
+
+    Inside torch.vmap, where a sample cannot be asked whether it is done, every solve spends its whole budget; samples are
+    frozen all the same, and no status raises.
 
     Source of the checkpoints: Chen, Xu, Zhang and Guestrin 2016, "Training deep nets with sublinear memory cost".
 
@@ -43,6 +46,9 @@ class Unrolled:
 
     def solve(self, f: DeclaredFunction, z0: Tensor, args: tuple[Tensor, ...], forward: Forward) -> Solved:
         fz0 = forward.probe(f, z0, args, check_grad=False)
+        if hides_batch():
+            forward.search, forward.raise_nonfinite = _to_the_end, False
+            return forward(f, z0, fz0, args)
         if not self.checkpoint or not differentiating():
             return forward(f, z0, fz0, args)
         if transformed():
@@ -51,6 +57,21 @@ class Unrolled:
             )
         forward.search = _in_segments
         return forward(f, z0, fz0, args)
+
+
+def _to_the_end(solver: Solver[Any], f: BudgetedMap, z0: Tensor, stopping: Stopping) -> Solved:
+    """`iterate` inside torch.vmap, where nobody can ask whether a sample is done: the whole budget is spent."""
+    if not getattr(solver, "traceable", False):
+        raise NotImplementedError(
+            f"Unrolled() under torch.vmap needs a solver whose steps do not depend on values, and those of {solver!r} do; "
+            "use Picard(), Anderson() or Broyden() without line search, or Implicit()"
+        )
+    loop = Loop(solver, stopping)
+    state, record = loop.start(f, z0)
+    state = state.traceable()
+    while f.remaining > 0:
+        state = loop.advance(f, state, record)
+    return record.solved(stopping)
 
 
 def _in_segments(solver: Solver[Any], f: BudgetedMap, z0: Tensor, stopping: Stopping) -> Solved:

@@ -43,6 +43,12 @@ class State:
     g: Tensor
     """(B, D) f(z) - z, in float32 at least."""
 
+    def traceable(self) -> Self:
+        """The same with its integers as tensors, for a loop in which no value of a tensor may be asked for."""
+        counts = {field.name: getattr(self, field.name) for field in fields(self)}
+        device = self.z.device
+        return replace(self, **{k: torch.tensor(v, device=device) for k, v in counts.items() if isinstance(v, int)})
+
     def take(self, rows: Tensor) -> Self:
         """The state of some samples alone."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -148,3 +148,38 @@ class TestCheckpointed:
 
         with pytest.raises(NotImplementedError, match=r"Unrolled\(checkpoint=True\) does not work inside torch.func"):
             torch.func.grad(loss)(torch.ones(1, 1))
+
+
+class TestVmap:
+    xs, W = normal(5, 4, 2, 3), 0.7 * orthogonal(3)
+
+    @pytest.mark.parametrize(
+        "solver", [Picard(), Picard(damping=0.5), Anderson(), Anderson(history=2, damping=0.5), Broyden()], ids=repr
+    )
+    def test_equals_a_loop(self, solver: Any) -> None:
+        """Solution, statistics and gradients are those of the single solves; the evaluations are those of the budget."""
+        stopping = Stopping(rtol=1e-5, max_evals=25, trace=True)
+
+        def layer(x: Tensor) -> tuple[Tensor, ...]:
+            z, stats = fixed_point(
+                tanh_map, torch.zeros(2, 3).double(), self.W, x, solver=solver, stopping=stopping,
+                adjoint=Unrolled(),
+            )  # fmt: skip
+            return z, stats.residual, stats.relative, stats.steps, stats.status
+
+        together = torch.vmap(layer)(self.xs)
+        for i, x in enumerate(self.xs):
+            for many, one in zip(together, layer(x), strict=True):
+                assert torch.allclose(many[i], one, rtol=1e-8, atol=1e-12)
+        gradients = torch.vmap(torch.func.grad(lambda x: layer(x)[0].square().sum()))(self.xs)
+        for gradient, x in zip(gradients, self.xs, strict=True):
+            alone = x.clone().requires_grad_()
+            (expected,) = torch.autograd.grad(layer(alone)[0].square().sum(), alone)
+            assert torch.allclose(gradient, expected, rtol=1e-7, atol=1e-10)
+
+    def test_refuses_a_solver_that_asks_for_values(self) -> None:
+        def layer(x: Tensor) -> Tensor:
+            return fixed_point(tanh_map, 0 * x, self.W, x, solver=Broyden(line_search=2), adjoint=Unrolled()).z
+
+        with pytest.raises(NotImplementedError, match=r"under torch.vmap needs a solver .* or Implicit\(\)"):
+            torch.vmap(layer)(self.xs)
