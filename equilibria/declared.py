@@ -89,8 +89,7 @@ class Declared:
         inputs = tuple(map(without_derivatives, (z, *tensors))) if check_grad else (z, *tensors)
         output = self(*inputs)
         moved = not all(map(torch.equal, random, _random_states(z.device)))
-        # Another thread may have drawn them: f itself is random if it gives something else now.
-        if moved and (transformed() or not torch.equal(output, self(*inputs))):
+        if moved and not self._repeats(output, *inputs):
             raise RandomMapError(
                 "f draws random numbers, so it changes at every evaluation and has no fixed point; draw them once before "
                 "the solve and pass them in args (for dropout: equilibria.nn.FrozenDropout, its mask drawn in prepare)"
@@ -103,6 +102,16 @@ class Declared:
                 "under torch.no_grad()"
             )
         return output
+
+    def _repeats(self, output: Tensor, z: Tensor, *tensors: Tensor) -> bool:
+        """Whether f gives the same again at z and at f(z), so that the random numbers were drawn by another thread.
+
+        At one point alone a random f may give the same, as W z does at z = 0 whatever is dropped from W.
+        """
+        if transformed():
+            return False
+        onward = self(output, *tensors)
+        return torch.equal(output, self(z, *tensors)) and torch.equal(onward, self(output, *tensors))
 
     def _dims_of(self, args: Sequence[Any], batch: int, batch_dims: Sequence[int | None]) -> list[int | None]:
         """The batch dimension of every tensor, from the one entry per arg that the user gives."""

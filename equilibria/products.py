@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from equilibria.compiled import nodes_behind
-from equilibria.transforms import transformed
+from equilibria.transforms import reverse_alone
 
 
 def linearize(f: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
@@ -21,7 +21,7 @@ def linearize(f: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Calla
     >>> push(torch.ones(2))
     tensor([1., 1.])
     """
-    if not transformed():
+    if reverse_alone():
         return _by_autograd(f, primals)
     value, pullback, *_ = torch.func.vjp(f, *primals)
     push = torch.func.vjp(pullback, torch.zeros_like(value))[1]
@@ -29,7 +29,7 @@ def linearize(f: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Calla
 
 
 def _by_autograd(f: Callable[..., Tensor], primals: tuple[Tensor, ...]) -> tuple[Tensor, Callable[..., Tensor]]:
-    """The same outside of torch.func, which refuses to work inside of activation checkpointing."""
+    """The same in reverse mode alone, without torch.func, which refuses to work inside of activation checkpointing."""
     keep = torch.is_grad_enabled()
     with torch.enable_grad():
         points = [p if keep and p.requires_grad else p.detach().requires_grad_() for p in primals]

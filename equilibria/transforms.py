@@ -45,6 +45,11 @@ def through_old_vmap(f: Callable[..., Any], *tensors: Tensor) -> Any:
     return tree_map_only(Tensor, lambda t: old._add_batch_dim(t, 0, level), torch.vmap(f, in_dims=dims)(*shown))
 
 
+def reverse_alone() -> bool:
+    """Whether derivatives are those of plain autograd in reverse mode, if there are any."""
+    return not transformed() and forward_ad._current_level < 0
+
+
 def differentiating() -> bool:
     """Whether derivatives are wanted at all: torch.no_grad() switches off reverse mode, but not forward mode."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
