@@ -39,7 +39,7 @@ class Declared:
         self.autocast = autocast_now(layout.device)
         self.module = _module_of(f)
         if self.module is not None:
-            _refuse_dropout(self.module)
+            _refuse_layers(self.module)
         leaves, self._spec = tree_flatten(tuple(args))
         for leaf in leaves:
             if isinstance(leaf, nn.Module):
@@ -195,8 +195,14 @@ def _named(module: nn.Module, *, tied: bool = False) -> Iterator[tuple[str, Tens
     yield from module.named_buffers(remove_duplicate=not tied)
 
 
-def _refuse_dropout(module: nn.Module) -> None:
+def _refuse_layers(module: nn.Module) -> None:
+    """Those with which f has no fixed point, or none of its own for each sample."""
     for name, child in module.named_modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training:
+            raise ValueError(
+                f"f contains {type(child).__name__} in training mode at {name or 'its root'}, which makes a sample depend "
+                "on its batch, and changes with every evaluation: use LayerNorm or GroupNorm, or call eval() on it"
+            )
         if isinstance(child, nn.modules.dropout._DropoutNd) and child.training and child.p > 0:
             raise RandomMapError(
                 f"f contains {type(child).__name__}(p={child.p}) at {name or 'its root'}, which draws a new mask at every "

@@ -46,6 +46,9 @@ class Layout:
         """`pack` for what f returned, refused unless structure, shapes and dtype are those of the state."""
         leaves, spec = tree_flatten(output)
         if spec != self.spec:
+            output = _in_order_of(tree_unflatten(self.paths, self.spec), output)
+            leaves, spec = tree_flatten(output)
+        if spec != self.spec:
             raise ValueError(
                 f"f returned the structure {_describe(output)} for a state with the tensors "
                 f"{', '.join(self.paths) or 'z'}; return the structure of z0"
@@ -91,6 +94,17 @@ def layout_of(z0: Any) -> Layout:
             if here != there:
                 raise ValueError(f"{path} has {what} {here} and {paths[0]} has {there}; all tensors of z0 must agree")
     return Layout(spec, tuple(leaf.shape[1:] for leaf in leaves), paths, first.dtype, first.device, first.shape[0])
+
+
+def _in_order_of(model: Any, tree: Any) -> Any:
+    """`tree`, with the keys of its dicts in the order that they have in `model`, where they are the same."""
+    if type(model) is not type(tree):
+        return tree
+    if isinstance(tree, dict) and model.keys() == tree.keys():
+        return type(tree)((key, _in_order_of(value, tree[key])) for key, value in model.items())
+    if type(tree) in (list, tuple) and len(model) == len(tree):
+        return type(tree)(_in_order_of(a, b) for a, b in zip(model, tree, strict=True))
+    return tree
 
 
 def _describe(tree: Any) -> str:

@@ -474,3 +474,13 @@ def test_tied_weights_stay_those_of_the_module(adjoint: Any) -> None:
                 weight[i, 0] -= sign * step
         assert weight.grad is not None
         assert float(weight.grad[i, 0]) == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-3)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(3), nn.SyncBatchNorm(3)], ids=["BatchNorm1d", "SyncBatchNorm"])
+def test_batch_norm_in_training_mode_is_refused(norm: nn.Module) -> None:
+    """It ties each sample to its batch, and its running statistics move at every evaluation."""
+    f = nn.Sequential(nn.Linear(3, 3), norm)
+    with pytest.raises(ValueError, match=r"BatchNorm.* in training mode at 1.*use LayerNorm or GroupNorm, or call eval"):
+        fixed_point(f, torch.zeros(4, 3))
+    if isinstance(norm, nn.BatchNorm1d):
+        fixed_point(f.eval(), torch.zeros(4, 3), raise_nonfinite=False)

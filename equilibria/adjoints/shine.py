@@ -64,7 +64,7 @@ class Shine:
         fz0 = forward.probe(f, z0, args, check_grad=differentiating())
         estimate = None
         if differentiating():
-            estimate = _Estimate(forward.solver)
+            estimate = _Estimate(forward.solver, copies=forward.stopping.check_every > 1)
             forward.search = partial(iterate, watch=estimate)
         return implicit(_Reuse(self, estimate), f, forward, without_derivatives(z0), fz0, args)
 
@@ -72,8 +72,9 @@ class Shine:
 class _Estimate:
     """The estimate of (I - J)⁻¹ that a solver had of each sample when that sample was frozen or the budget spent."""
 
-    def __init__(self, solver: Solver[Any]) -> None:
-        self.solver = solver
+    def __init__(self, solver: Solver[Any], *, copies: bool) -> None:
+        """`copies`: the solver may go on when all samples are frozen."""
+        self.solver, self.copies = solver, copies
         self.latest: State | None = None
         self.running: Tensor | None = None
         self.frozen: list[tuple[Tensor, State]] = []
@@ -88,7 +89,7 @@ class _Estimate:
             )
         if self.running is not None:
             rows = (self.running & ~running).nonzero().squeeze(1)
-            if len(rows) and bool(running.any()):
+            if len(rows) and (self.copies or bool(running.any())):
                 self.frozen.append((rows, state.take(rows)))
         self.latest, self.running = state, running
 
@@ -126,6 +127,9 @@ class _Reuse:
         u = self.estimate.pull(g)
         fu = system(u)
         run.evaluations += 1
+        # Where nothing is asked for, u = 0, also if J is not finite there.
+        asked = (norm(g) > 0).unsqueeze(1)
+        u, fu = torch.where(asked, u, 0.0), torch.where(asked, fu, g)
         error = norm(fu - u)
         good = error <= norm(g)  # false for NaN
         if bool(good.all()):

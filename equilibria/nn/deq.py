@@ -34,8 +34,8 @@ class DEQ(nn.Module):
     `torch.save(deq, file)` works with parametrised blocks too, which torch by itself refuses to save as a whole. A file
     that is to be trusted less is better made of `deq.state_dict()`, loaded with `weights_only=True`.
 
-    `eval_stopping` replaces `stopping` in evaluation mode, if given. Solver, stopping and adjoint are plain attributes
-    and may be exchanged at any time.
+    `eval_stopping` replaces `stopping` in evaluation mode, if given; `raise_nonfinite` is that of `fixed_point`. Solver,
+    stopping and adjoint are plain attributes and may be exchanged at any time.
 
     Source: Bai, Kolter and Koltun 2019, "Deep equilibrium models", section 3.
 
@@ -62,6 +62,7 @@ class DEQ(nn.Module):
         stopping: Stopping | None = None,
         adjoint: Adjoint | None = None,
         eval_stopping: Stopping | None = None,
+        raise_nonfinite: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(block, nn.Module):
@@ -71,6 +72,7 @@ class DEQ(nn.Module):
         self.stopping = Stopping() if stopping is None else stopping
         self.adjoint: Adjoint = Implicit() if adjoint is None else adjoint
         self.eval_stopping = eval_stopping
+        self.raise_nonfinite = raise_nonfinite
 
     def forward(self, *inputs: Any, z0: Any = None) -> Solution:
         """The equilibrium for these inputs, searched from z0 if it is given (a warm start)."""
@@ -90,8 +92,9 @@ class DEQ(nn.Module):
                 block, args = WithConstants(block, places), (values, *args)
                 batch_dims = None if batch_dims is None else (None, *batch_dims)
             return fixed_point(
-                block, z0, *args, solver=self.solver, stopping=stopping, adjoint=self.adjoint, batch_dims=batch_dims
-            )
+                block, z0, *args, solver=self.solver, stopping=stopping, adjoint=self.adjoint, batch_dims=batch_dims,
+                raise_nonfinite=self.raise_nonfinite,
+            )  # fmt: skip
 
     def __getstate__(self) -> Any:
         make_picklable(self.block)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from equilibria.solvers.solver import Map, State, check_count, combine, difference, dots, recorded
+from equilibria.solvers.solver import Map, State, check_count, combine, difference, dots, inverse_of, recorded
 from equilibria.stopping import l2
 
 
@@ -85,7 +85,7 @@ class GMRES:
         origin = state.origin.to(dtype)
         v = state.basis[:, k if k > count else 0]  # the first Krylov vector is the first of the basis
         f_there = f((state.start.to(dtype) + state.reach * v).to(state.z.dtype))
-        inverse = torch.where(state.reach > 0, state.reach.reciprocal(), 0.0)
+        inverse = inverse_of(state.reach)
         w = v - (f_there - state.f_start).to(dtype) * inverse  # (I - A) v
         basis, hessenberg = arnoldi(state.basis, state.hessenberg, k, w)
         y, rest = least_squares(hessenberg[:, : k + 2, : k + 1])
@@ -130,7 +130,7 @@ def krylov_space(r: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     batch, width = r.shape
     beta = l2(r).unsqueeze(1)
     basis = r.new_empty(batch, most + 1, width)
-    basis[:, 0] = r * torch.where(beta > 0, beta.reciprocal(), 0.0)
+    basis[:, 0] = r * inverse_of(beta)
     return beta, basis, r.new_zeros(batch, most + 1, most)
 
 
@@ -142,7 +142,7 @@ def arnoldi(basis: Tensor, hessenberg: Tensor, k: int, w: Tensor) -> tuple[Tenso
     column, w = _orthogonalise(basis[:, : k + 1], w)
     norm = l2(w).unsqueeze(1)
     basis = basis.clone() if recorded(basis, w) else basis
-    basis[:, k + 1] = w * torch.where(norm > 0, norm.reciprocal(), 0.0)
+    basis[:, k + 1] = w * inverse_of(norm)
     hessenberg = hessenberg.clone()
     hessenberg[:, : k + 1, k] = column
     hessenberg[:, k + 1, k : k + 1] = norm

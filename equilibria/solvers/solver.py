@@ -187,6 +187,12 @@ def combine(base: Tensor, weights: Tensor, history: Tensor) -> Tensor:
     return torch.baddbmm(base.unsqueeze(1), weights.unsqueeze(1), history, alpha=-1.0).squeeze(1)
 
 
+def inverse_of(length: Tensor) -> Tensor:
+    """1 / length, and 0 where that is 0. Its derivative is 0 there too, not 0 times infinity."""
+    some = length > 0
+    return torch.where(some, torch.where(some, length, 1.0).reciprocal(), 0.0)
+
+
 def solve_scaled(system: Tensor, rhs: Tensor, scale: Tensor, ridge: float = 0.0) -> Tensor:
     """x (B, m) with system · x = rhs, solved as (D system D + ridge I) D⁻¹ x = D rhs, where D holds 1 / scale (B, m).
 
@@ -194,7 +200,7 @@ def solve_scaled(system: Tensor, rhs: Tensor, scale: Tensor, ridge: float = 0.0)
     slots not in use) are left out; samples whose system is singular get x = 0: they take a plain step.
     """
     used = scale > 0
-    d = torch.where(used, scale.reciprocal(), 0.0)
+    d = inverse_of(scale)
     diagonal = torch.where(used, ridge, 1.0).to(system.dtype)
     system = system * (d.unsqueeze(1) * d.unsqueeze(2)) + torch.diag_embed(diagonal)
     solution, info = torch.linalg.solve_ex(system, (d * rhs).unsqueeze(2))

@@ -16,8 +16,10 @@ from equilibria import (
     Anderson,
     Broyden,
     Implicit,
+    NonFiniteError,
     Phantom,
     Picard,
+    Status,
     Stopping,
     UndeclaredTensorError,
     fixed_point,
@@ -187,6 +189,18 @@ class TestStopping:
         z.sum().backward()
         assert stats.evaluations == 7
         assert stats.backward[0].evaluations == 1
+
+
+def test_a_sample_that_fails_may_be_returned() -> None:
+    class Explodes(nn.Module):
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            return x * z.exp()
+
+    x = torch.tensor([[0.1], [9.0]])
+    with pytest.raises(NonFiniteError):
+        DEQ(Explodes(), solver=Picard())(x)
+    stats = DEQ(Explodes(), solver=Picard(), raise_nonfinite=False)(x).stats
+    assert stats.status.tolist() == [Status.CONVERGED, Status.NONFINITE]
 
 
 class TestKeeping:
