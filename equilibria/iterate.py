@@ -13,7 +13,7 @@ from equilibria.products import linearize
 from equilibria.solution import Status
 from equilibria.solvers.solver import Solver, State
 from equilibria.stopping import Stopping
-from equilibria.transforms import hides_batch
+from equilibria.transforms import blind
 
 
 class Solved(NamedTuple):
@@ -244,11 +244,8 @@ def _finite(residual: Tensor, scale: Tensor) -> Tensor:
 
 
 def _known(condition: Tensor) -> bool:
-    """Whether a condition is known to hold: a CPU answers faster than it moves data, an accelerator would have to wait; a
-    graph that is being traced has no values yet, and a hidden batch has many."""
-    if torch.compiler.is_compiling() or condition.device.type != "cpu" or hides_batch():
-        return False
-    return bool(condition)
+    """Whether a condition is known to hold: a CPU answers faster than it moves data, an accelerator would have to wait."""
+    return condition.device.type == "cpu" and not blind() and bool(condition)
 
 
 def _measure(state: State, stopping: Stopping) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,11 @@ def through_old_vmap(f: Callable[..., Any], *tensors: Tensor) -> Any:
     return tree_map_only(Tensor, lambda t: old._add_batch_dim(t, 0, level), torch.vmap(f, in_dims=dims)(*shown))
 
 
+def blind() -> bool:
+    """Whether no value may be had from a tensor: a graph that is being traced has none yet, and a hidden batch has many."""
+    return torch.compiler.is_compiling() or hides_batch()
+
+
 def reverse_alone() -> bool:
     """Whether derivatives are those of plain autograd in reverse mode, if there are any."""
     return not transformed() and forward_ad._current_level < 0

@@ -87,10 +87,10 @@ class _Estimate:
                 "Shine() takes up the estimate of (I - J)⁻¹ that Broyden and Anderson make; give one of them as solver "
                 f"instead of {self.solver!r}, or use Implicit()"
             )
-        if self.running is not None:
-            rows = (self.running & ~running).nonzero().squeeze(1)
-            if len(rows) and (self.copies or bool(running.any())):
-                self.frozen.append((rows, state.take(rows)))
+        before = torch.ones_like(running) if self.running is None else self.running
+        rows = (before & ~running).nonzero().squeeze(1)
+        if len(rows) and (self.copies or bool(running.any())):
+            self.frozen.append((rows, state.take(rows)))
         self.latest, self.running = state, running
 
     def pull(self, g: Tensor) -> Tensor:

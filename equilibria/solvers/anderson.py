@@ -19,6 +19,7 @@ from equilibria.solvers.solver import (
     dots,
     in_use,
     newest,
+    ring,
     solve_scaled,
     square_in_use,
     store_difference,
@@ -114,11 +115,11 @@ class Anderson:
         g = difference(fz, z0)
         batch, size = g.shape
         history = min(self.history, size)  # more pairs are linearly dependent
-        dg = g.new_zeros(batch, history, size)
+        dg, df = ring(g, history), ring(g, history)
         gram = g.new_zeros(batch, history, history)
         norm = l2(g.detach())
         return AndersonState(
-            z=z0, fz=fz, g=g, dg=dg, df=torch.zeros_like(dg), gram=gram, lengths=gram[:, 0], norm=norm,
+            z=z0, fz=fz, g=g, dg=dg, df=df, gram=gram, lengths=gram[:, 0], norm=norm,
             expansion=torch.ones_like(norm), mark=norm, waited=torch.zeros_like(norm, dtype=torch.int64), age=0,
         )  # fmt: skip
 

@@ -18,6 +18,7 @@ from equilibria.solvers.solver import (
     dots,
     in_use,
     newest,
+    ring,
     solve_scaled,
     square_in_use,
     store_difference,
@@ -103,11 +104,11 @@ class Broyden:
     def init(self, f: Map, z0: Tensor) -> BroydenState:
         fz = f(z0)
         g = difference(fz, z0)
-        batch, size = g.shape
-        s = g.new_zeros(batch, self.history, size, dtype=self.storage)
+        batch = len(g)
+        s, df = ring(g, self.history, self.storage), ring(g, self.history, self.storage)
         core = g.new_zeros(batch, self.history, self.history)
         return BroydenState(
-            z=z0, fz=fz, g=g, s=s, df=torch.zeros_like(s), core=core, lengths=core[:, 0], best=l2(g.detach()),
+            z=z0, fz=fz, g=g, s=s, df=df, core=core, lengths=core[:, 0], best=l2(g.detach()),
             best_z=z0, best_fz=fz, age=0,
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from equilibria.stopping import work_dtype
-from equilibria.transforms import carries_derivatives, differentiating
+from equilibria.transforms import blind, carries_derivatives, differentiating
 
 
 class Map(Protocol):
@@ -97,6 +97,12 @@ def recorded(*tensors: Tensor) -> bool:
 # Differences are kept in ring buffers (B, m, D): pair number `age`, counted from 0, lies in slot age mod m. Only the
 # functions down to `_slot` know that. Where the age is a tensor, its value is not known and all slots are looked at: those
 # not in use hold zeros, and length 0.
+
+
+def ring(g: Tensor, history: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Room for `history` differences like g (B, D), not touched before it is needed, unless all slots will be looked at."""
+    shape = (g.shape[0], history, g.shape[1])
+    return g.new_zeros(shape, dtype=dtype) if blind() else g.new_empty(shape, dtype=dtype)
 
 
 def store_difference(history: Tensor, age: int | Tensor, new: Tensor, old: Tensor) -> Tensor:

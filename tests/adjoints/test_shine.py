@@ -106,6 +106,23 @@ def test_falls_back_where_the_guess_is_worse_than_nothing() -> None:
 
 
 @pytest.mark.parametrize("solver", [Anderson(), Broyden()], ids=["anderson", "broyden"])
+def test_a_sample_solved_at_z0_has_learnt_nothing(solver: Any) -> None:
+    """Whatever steps its neighbours take it along on: its guess is g, as it is alone."""
+    W, z0 = 0.8 * orthogonal(20), normal(1, 3, 20)
+    x = normal(0, 3, 20)
+    x[0] = torch.atanh(0.5 * torch.tanh(z0[0])) - W @ (0.5 * torch.tanh(z0[0]))
+    z0[0] = 0.5 * torch.tanh(z0[0])  # solved
+    g, x = normal(2, 3, 20), x.requires_grad_()
+    options: Any = {"solver": solver, "adjoint": Shine(refine=0), "stopping": Stopping(rtol=1e-8, max_evals=60)}
+    z, stats = fixed_point(tanh_map, z0, W, x, **options)
+    assert stats.steps.tolist()[0] == 0 < min(stats.steps.tolist()[1:])
+    (together,) = torch.autograd.grad(z, x, g)
+    part = x[:1].detach().requires_grad_()
+    (alone,) = torch.autograd.grad(fixed_point(tanh_map, z0[:1], W, part, **options).z, part, g[:1])
+    assert torch.allclose(together[:1], alone, rtol=1e-12)
+
+
+@pytest.mark.parametrize("solver", [Anderson(), Broyden()], ids=["anderson", "broyden"])
 def test_the_gradient_of_a_sample_does_not_depend_on_its_batch(solver: Any) -> None:
     """Its estimate is that of the step at which it was frozen, though neighbours go on and write over the history."""
     rates = torch.linspace(0.1, 0.3, 40).double().expand(3, 40).clone()
