@@ -1,7 +1,7 @@
 """How many evaluations until the median and until the last sample is solved, on maps that plain iteration does not solve.
 
-Each solver with its default settings (Broyden with a history of 20), float32, residuals relative to ‖f(z)‖, measured once more
-by a separate evaluation of f at the z returned.
+Each solver with its default settings (Broyden with a history of 20), float32, residuals relative to ‖f(z)‖, measured once
+more by a separate evaluation of f at the z returned.
 
     python benchmarks/hard_maps.py
 """
@@ -83,7 +83,7 @@ def main() -> None:
         torch.manual_seed(0)
         f, z0 = make()
         rows[name] = {
-            s: {f"{rtol:.0e}": reached(f, z0, solver, rtol) for rtol in TOLERANCES} for s, solver in SOLVERS.items()
+            key: {f"{rtol:.0e}": reached(f, z0, solver, rtol) for rtol in TOLERANCES} for key, solver in SOLVERS.items()
         }
         print(name, *(f"\n    {solver:20s} {result}" for solver, result in rows[name].items()), flush=True)
     save("hard_maps", {"budget": BUDGET, "rows": rows})

@@ -35,7 +35,7 @@ def fixed_point(
         z0: where the search starts: a tensor (B, ...) with the batch first, or a tuple, list, dict or named tuple of them.
         args: everything else that f depends on: tensors, structures of tensors, or constants (None, numbers, strings).
         solver: `Anderson()` by default.
-        stopping: tolerances and budget, `Stopping()` by default: relative residual 1e-3, at most 50 evaluations.
+        stopping: tolerances and budget, `Stopping()` by default: relative residual 1e-3, at most 100 evaluations.
         adjoint: how gradients are had, `Implicit()` by default.
         batch_dims: one entry per arg: the dimension that carries the batch in all its tensors, or None. Given, samples
             that need more steps than most are solved in a smaller batch; not given, the batch stays whole.

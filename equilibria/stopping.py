@@ -43,7 +43,7 @@ class Stopping:
     """Relative tolerance."""
     atol: float = 1e-12
     """Absolute tolerance, in the units of `norm`; it decides only where the fixed point is zero."""
-    max_evals: int = 50
+    max_evals: int = 100
     """Budget: calls of f, those of line searches included. The call f(z0) counts."""
     norm: Norm = rms
     """(B, D) -> (B,): `rms` (default), `l2`, `linf`, or your own."""

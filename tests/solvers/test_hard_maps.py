@@ -90,6 +90,13 @@ class TestTransformerBlocks:
         assert stats.converged.all()
         assert stats.evaluations <= bound
 
+    @pytest.mark.parametrize("std", [0.02, None, 0.05])
+    def test_converges_with_nothing_said(self, std: float | None) -> None:
+        f, z0, args = block(std)
+        with torch.no_grad():
+            stats = fixed_point(f, z0, *args).stats
+        assert stats.converged.all()
+
     @pytest.mark.parametrize("std", [0.02, None])
     def test_beats_plain_iteration_and_broyden(self, std: float | None) -> None:
         f, z0, args = block(std)
