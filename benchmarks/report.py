@@ -211,11 +211,11 @@ def adjoints() -> str:
     ]
     return f"""## Ways to differentiate
 
-The block of the DEQ-Transformer (batch {b["batch"]}, length {b["length"]}, d_model {b["d_model"]}, weights N(0, 0.03²), float32)
-solved by `Anderson()` to a relative residual of 1e-4; `Reversible()` by `ReversiblePicard()`, 40 evaluations at most. The error
-is that of the gradient in the injection, against a float64 solve to 1e-12; it holds the error of z too, so that no row can be
-much better than `Implicit()`. Time is that of solve and backward pass relative to `Implicit()`, median of {result["rounds"]}
-interleaved rounds; memory is what is held between the two.
+The block of the DEQ-Transformer (batch {b["batch"]}, length {b["length"]}, d_model {b["d_model"]}, weights N(0, 0.03²),
+float32) solved by `Anderson()` to a relative residual of 1e-4; `Reversible()` by `ReversiblePicard()`, 40 evaluations at
+most. The error is that of the gradient in the injection, against a float64 solve to 1e-12; it holds the error of z too, so
+that no row can be much better than `Implicit()`. Time is that of solve and backward pass relative to `Implicit()`, median of
+{result["rounds"]} interleaved rounds; memory is what is held between the two.
 
 ```sh
 python benchmarks/adjoints.py
@@ -239,10 +239,9 @@ def hard_maps() -> str:
     head = ["map", *(f"{solver} to {rtol}" for solver in next(iter(result["rows"].values())) for rtol in ("1e-3", "1e-6"))]
     return f"""## Evaluations on hard maps
 
-Evaluations of f until half and until all of the samples have a relative residual of 1e-3 or 1e-6, float32, budget
-{result["budget"]}; – where that was not reached. 32 samples of the tanh maps, 16 of the Transformer blocks (d_model 128, length
-64). Broyden and Newton-Krylov need a good part of what is left of the budget in the blocks because I - J is nearly singular
-there for some samples; exact Newton steps stall at them too.
+Evaluations of f until half and until all of the samples have a relative residual of 1e-3 or 1e-6 (half/all), float32,
+budget {result["budget"]}; – where that was not reached. 32 samples of the tanh maps, 16 of the Transformer blocks (d_model
+128, length 64).
 
 ```sh
 python benchmarks/hard_maps.py
