@@ -214,8 +214,8 @@ def adjoints() -> str:
 The block of the DEQ-Transformer (batch {b["batch"]}, length {b["length"]}, d_model {b["d_model"]}, weights N(0, 0.03²),
 float32) solved by `Anderson()` to a relative residual of 1e-4; `Reversible()` by `ReversiblePicard()`, 40 evaluations at
 most. The error is that of the gradient in the injection, against a float64 solve to 1e-12; it holds the error of z too, so
-that no row can be much better than `Implicit()`. Time is that of solve and backward pass relative to `Implicit()`, median of
-{result["rounds"]} interleaved rounds; memory is what is held between the two.
+that no row can be much better than `Implicit()`. Time is that of solve and backward pass relative to `Implicit()`, median
+of {result["rounds"]} interleaved rounds; memory is what is held between the two.
 
 ```sh
 python benchmarks/adjoints.py

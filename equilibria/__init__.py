@@ -5,7 +5,10 @@
 >>> z, stats = eq.fixed_point(lambda z, x: torch.tanh(0.5 * z + x), torch.zeros_like(x), x)
 """
 
-from equilibria import diagnostics, models, nn, regularizers
+from equilibria import diagnostics as diagnostics
+from equilibria import models as models
+from equilibria import nn as nn
+from equilibria import regularizers as regularizers
 from equilibria.adjoints import Implicit, Neumann, Phantom, Reversible, Shine, Unrolled
 from equilibria.fixed_point import fixed_point
 from equilibria.nn.deq import DEQ
@@ -50,9 +53,5 @@ __all__ = [
     "UndeclaredTensorError",
     "Unrolled",
     "UserError",
-    "diagnostics",
     "fixed_point",
-    "models",
-    "nn",
-    "regularizers",
 ]

@@ -36,6 +36,13 @@ def recorded_to_stay(record: Callable[[], Tensor]) -> tuple[Tensor, Callable[[],
     return output, _keeping  # without it the compiler refuses, for it does not remember what it was told
 
 
+def as_written() -> AbstractContextManager[Any]:
+    """Run compiled parts of f uncompiled: what torch.compile makes cannot be differentiated twice."""
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():  # nothing is compiled, or all is
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 def _keeping() -> AbstractContextManager[Any]:
     return config.patch(donated_buffer=False)  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from equilibria.compiled import nodes_behind, source
 from equilibria.solution import RandomMapError, UndeclaredTensorError
 from equilibria.structure import Layout
-from equilibria.transforms import carries_derivatives, transformed, without_derivatives
+from equilibria.transforms import carries_derivatives, without_derivatives
 
 
 class Declared:
@@ -38,8 +38,8 @@ class Declared:
         self.layout = layout
         self.autocast = autocast_now(layout.device)
         self.module = _module_of(f)
-        if self.module is not None:
-            _refuse_layers(self.module)
+        if self.module is not None and (f is self.module or getattr(f, "__func__", None) is type(self.module).forward):
+            _refuse_layers(self.module)  # any other method need not use all that its module owns
         leaves, self._spec = tree_flatten(tuple(args))
         for leaf in leaves:
             if isinstance(leaf, nn.Module):
@@ -87,9 +87,14 @@ class Declared:
         """
         random = _random_states(z.device)
         inputs = tuple(map(without_derivatives, (z, *tensors))) if check_grad else (z, *tensors)
+        versions = [_version(value) for value in inputs[1:]]
         output = self(*inputs)
-        moved = not all(map(torch.equal, random, _random_states(z.device)))
-        if moved and not self._repeats(output, *inputs):
+        passed = len(self._places)
+        if [_version(value) for value in inputs[1:]][:passed] != versions[:passed]:
+            raise ValueError(
+                "f writes into one of its args, so it changes at every evaluation; use operations that return a new tensor"
+            )
+        if _moved(random) and self._draws(*inputs):
             raise RandomMapError(
                 "f draws random numbers, so it changes at every evaluation and has no fixed point; draw them once before "
                 "the solve and pass them in args (for dropout: equilibria.nn.FrozenDropout, its mask drawn in prepare)"
@@ -103,18 +108,19 @@ class Declared:
             )
         return output
 
-    def _repeats(self, output: Tensor, z: Tensor, *tensors: Tensor) -> bool:
-        """Whether f gives the same again at z and at f(z), so that the random numbers were drawn by another thread.
-
-        At one point alone a random f may give the same, as W z does at z = 0 whatever is dropped from W.
-        """
-        if transformed():
-            return False
-        onward = self(output, *tensors)
-        return torch.equal(output, self(z, *tensors)) and torch.equal(onward, self(output, *tensors))
+    def _draws(self, z: Tensor, *tensors: Tensor) -> bool:
+        """Whether the random state moves at every one of a few more evaluations: another thread may have moved it once."""
+        for _ in range(3):
+            random = _random_states(z.device)
+            self(z, *tensors)
+            if not _moved(random):
+                return False
+        return True
 
     def _dims_of(self, args: Sequence[Any], batch: int, batch_dims: Sequence[int | None]) -> list[int | None]:
         """The batch dimension of every tensor, from the one entry per arg that the user gives."""
+        if not isinstance(batch_dims, Sequence):
+            raise TypeError(f"batch_dims={batch_dims!r}: give a tuple with one entry per arg, such as (None, 0)")
         if len(batch_dims) != len(args):
             raise ValueError(
                 f"batch_dims has {len(batch_dims)} entries for {len(args)} args; give one per arg: the dimension that "
@@ -198,7 +204,7 @@ def _named(module: nn.Module, *, tied: bool = False) -> Iterator[tuple[str, Tens
 def _refuse_layers(module: nn.Module) -> None:
     """Those with which f has no fixed point, or none of its own for each sample."""
     for name, child in module.named_modules():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training:
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and (child.training or child.running_mean is None):
             raise ValueError(
                 f"f contains {type(child).__name__} in training mode at {name or 'its root'}, which makes a sample depend "
                 "on its batch, and changes with every evaluation: use LayerNorm or GroupNorm, or call eval() on it"
@@ -221,6 +227,11 @@ def _random_states(device: torch.device) -> list[Tensor]:
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return states
+
+
+def _moved(states: list[Tensor]) -> bool:
+    device = torch.device("cuda", torch.cuda.current_device()) if len(states) > 1 else torch.device("cpu")
+    return not all(map(torch.equal, states, _random_states(device)))
 
 
 _EMPTY = CellType()

@@ -189,7 +189,8 @@ class Record:
         finite = _finite(residual, scale)
         converged = finite & (residual <= stopping.tolerance(scale))
         better = self.running & (converged | (residual < self.residual))
-        self.trace.append(torch.where(self.running, residual, self.residual) if stopping.trace else residual)
+        if stopping.trace:
+            self.trace.append(torch.where(self.running, residual, self.residual))
         if _known(better.all()):  # the usual case moves no data
             self.z, self.residual, self.scale = state.z, residual, scale
         elif not _known(~better.any()):

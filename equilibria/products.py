@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from equilibria.compiled import nodes_behind
+from equilibria.compiled import as_written, nodes_behind
 from equilibria.transforms import reverse_alone
 
 
@@ -21,8 +21,20 @@ def linearize(f: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Calla
     >>> push(torch.ones(2))
     tensor([1., 1.])
     """
-    if reverse_alone():
-        return _by_autograd(f, primals)
+    needs_autograd("a product with the Jacobian")
+    with as_written():
+        return _by_autograd(f, primals) if reverse_alone() else _by_func(f, primals)
+
+
+def needs_autograd(what: str) -> None:
+    """Refuse inference mode, where autograd records nothing and every derivative would look like that of a constant."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{what} needs autograd, which torch.inference_mode() switches off for good: use torch.no_grad() instead"
+        )
+
+
+def _by_func(f: Callable[..., Tensor], primals: tuple[Tensor, ...]) -> tuple[Tensor, Callable[..., Tensor]]:
     value, pullback, *_ = torch.func.vjp(f, *primals)
     push = torch.func.vjp(pullback, torch.zeros_like(value))[1]
     return value, lambda *tangents: push(tangents)[0]

@@ -17,10 +17,10 @@ class Status(IntEnum):
     EXHAUSTED = 1
     """The budget of evaluations was spent; the z with the smallest residual seen is returned."""
     NONFINITE = 2
-    """The residual became inf or NaN; the last z before that with the smallest residual is returned."""
+    """The residual became inf or NaN; the z before that with the smallest residual is returned."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Stats:
     """How a solve of a batch of B samples went.
 

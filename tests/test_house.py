@@ -125,7 +125,7 @@ PUBLIC = [
     (package, name)
     for package in ("equilibria", "equilibria.nn", "equilibria.regularizers", "equilibria.diagnostics")
     for name in importlib.import_module(package).__all__
-    if not name.endswith("Error") and name not in RESULTS and name not in ("diagnostics", "models", "nn", "regularizers")
+    if not name.endswith("Error") and name not in RESULTS
 ]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from equilibria.iterate import BudgetedMap, Solved, iterate, ratio
 from equilibria.solution import NonFiniteError, Solution, Stats, Status
 from equilibria.solvers import GMRES, Solver
+from equilibria.solvers.solver import difference
 from equilibria.stopping import Stopping
 
 Search = Callable[[Solver[Any], BudgetedMap, Tensor, Stopping], Solved]
@@ -57,6 +58,8 @@ class Forward:
         self.evaluations = 0
         self.backward: list[Stats] = []
         self.search: Search = iterate
+        self.confirms = True
+        """Whether a residual that the solver knows by a recurrence is measured, by one evaluation more."""
 
     def probe(self, f: DeclaredFunction, z0: Tensor, args: Sequence[Tensor], *, check_grad: bool) -> Tensor:
         """f(z0), with the checks that f is deterministic and declares what it uses; it counts as an evaluation."""
@@ -65,8 +68,9 @@ class Forward:
 
     def __call__(self, f: Function, z0: Tensor, fz0: Tensor, args: Sequence[Tensor]) -> Solved:
         """Solve from z0, where f(z0) is known to be fz0."""
-        confirm = isinstance(self.solver, GMRES) and not self.affine
-        budgeted = BudgetedMap(f, args, self.stopping.max_evals - confirm, f.dims, known=fz0)
+        confirm = isinstance(self.solver, GMRES) and self.confirms
+        budget = self.stopping.max_evals - (confirm and not self.affine)
+        budgeted = BudgetedMap(f, args, budget, f.dims, known=fz0)
         budgeted.evaluations = self.evaluations
         device = z0.device.type
         # Autocast is for f, which enters it by itself; the solver's own small systems would be rounded by it.
@@ -77,7 +81,8 @@ class Forward:
         if solved.z is z0 or solved.z is fz0:
             solved = solved._replace(z=solved.z.clone())
         if confirm and bool((solved.steps > 0).any()):  # at z0 itself the residual was measured
-            solved = self._confirm(f, args, fz0, solved)
+            solved = self.measured(solved, f(solved.z, *args), fz0)
+            self.evaluations += 1
         if self.raise_nonfinite and bool((solved.status == Status.NONFINITE).any()):
             raise self._nonfinite(solved)
         return solved
@@ -94,23 +99,34 @@ class Forward:
             backward=self.backward,
         )
 
-    def _confirm(self, f: Function, args: Sequence[Tensor], fz0: Tensor, solved: Solved) -> Solved:
-        """GMRES knows its residual by a recurrence that holds for affine maps; the residual reported is measured."""
+    def measured(self, solved: Solved, fz: Tensor, fz0: Tensor) -> Solved:
+        """The same with its residual as it is at the z found, where f gives fz.
+
+        GMRES knows its residual by a recurrence that holds for maps that are affine and treat each sample by itself.
+        """
+        if not isinstance(self.solver, GMRES):
+            return solved
         norm = self.stopping.norm
-        fz = f(solved.z, *args)
-        self.evaluations += 1
-        residual, scale = norm(fz - solved.z), norm(fz)
+        residual, scale = norm(difference(fz, solved.z).detach()), norm(fz.detach())
         claimed = solved.status == Status.CONVERGED
         missed = claimed & ~(residual <= self.stopping.tolerance(scale))
-        # Rounding may leave a sample that converged on paper above the tolerance; an f that is not affine, far above.
-        if bool((missed & (residual > 0.01 * (scale + norm(solved.z) + norm(fz0)))).any()):
+        # Rounding may leave a sample that converged on paper above the tolerance; an f of another kind, far above.
+        large = max(0.01, 8 * torch.finfo(fz.dtype).eps) * (scale + norm(solved.z.detach()) + norm(fz0.detach()))
+        if bool((missed & (residual > large)).any()):
             raise ValueError(
-                "GMRES solves affine maps f(z) = A z + b alone, and this f is not affine: the residual is "
-                f"{residual.max():.2e} where an affine map would have {solved.residual.max():.2e}; use Anderson() or "
-                "Broyden()"
+                f"the residual of the {self.what} is {residual.max():.2e}, and GMRES claims {solved.residual.max():.2e}: "
+                f"{self._kind()}"
             )
         status = torch.where(missed, int(Status.EXHAUSTED), solved.status).to(torch.int8)
         return solved._replace(residual=residual, relative=ratio(residual, scale), status=status)
+
+    def _kind(self) -> str:
+        if self.affine:
+            return (
+                "f mixes samples. Dimension 0 of the state is the batch, and every sample must be mapped by itself: give a "
+                "single state as z0.unsqueeze(0), and samples that belong together (the nodes of a graph) as one sample"
+            )
+        return "GMRES solves affine maps f(z) = A z + b alone, and this f is not affine, or mixes samples; use Anderson()"
 
     def _nonfinite(self, solved: Solved) -> NonFiniteError:
         failed = (solved.status == Status.NONFINITE).nonzero().squeeze(1).tolist()
@@ -119,9 +135,10 @@ class Forward:
             "I - J may be singular at the fixed point, or f have no finite derivative there; Jacobian regularisation or "
             "Phantom() avoids that solve"
             if self.affine
-            else "if f is finite at z0, the iteration diverges: use Anderson() or Broyden(), damping below 1, or "
-            "regularise f; fixed_point(..., raise_nonfinite=False) returns the last finite iterate with "
-            "Status.NONFINITE instead"
+            else "f(z0) is not finite: look at the inputs, the parameters and z0"
+            if first == 0
+            else "the iteration diverges: use Anderson() or Broyden(), damping below 1, or regularise f; "
+            "fixed_point(..., raise_nonfinite=False) returns the best finite iterate with Status.NONFINITE instead"
         )
         return NonFiniteError(
             f"the {self.what} became inf or NaN in {len(failed)} of {len(solved.status)} samples (first: sample "

@@ -17,7 +17,7 @@ from equilibria.adjoints.adjoint import DeclaredFunction, Forward, Function
 from equilibria.compiled import recorded_to_stay
 from equilibria.iterate import Solved
 from equilibria.products import linearize
-from equilibria.solution import NonFiniteError
+from equilibria.solution import NonFiniteError, UndeclaredTensorError
 from equilibria.solvers import Solver
 from equilibria.stopping import Stopping
 from equilibria.transforms import (
@@ -39,6 +39,7 @@ class LinearSystem:
 
     def __init__(self, f: Function, g: Tensor, args: tuple[Tensor, ...], forward: Forward, *, recorded: bool) -> None:
         self.f, self.g, self.args, self.forward, self.recorded = f, g, args, forward, recorded
+        self._solved: tuple[Forward, Solved] | None = None
 
     def __call__(self, u: Tensor) -> Tensor:
         """A u + g."""
@@ -48,6 +49,7 @@ class LinearSystem:
         """u, by the solver of `run`; what it cost is reported to the solution that is differentiated."""
         start, known = (torch.zeros_like(self.g), self.g) if u0 is None or fu0 is None else (u0, fu0)
         try:
+            run.confirms = not self.recorded  # `confirm` does it then, at no cost
             if self.recorded:
                 solved = run(self.f, start, known, self.args)
             else:
@@ -57,10 +59,17 @@ class LinearSystem:
                 raise
             fault = "the gradient that reaches the fixed point is already inf or NaN: the fault lies in the loss or between"
             raise NonFiniteError(fault, error.solution) from None
-        if not hides_batch():
-            plain = Solved(*map(without_derivatives, solved))
-            self.forward.backward.append(run.stats(plain))
+        if self.recorded:
+            self._solved = run, solved
+        elif not hides_batch():
+            self.forward.backward.append(run.stats(Solved(*map(without_derivatives, solved))))
         return solved.z
+
+    def confirm(self, fu: Tensor) -> None:
+        """Report the solve, where A u + g at the u that it found is known now to be `fu`."""
+        if self._solved is not None:
+            run, solved = self._solved
+            self.forward.backward.append(run.stats(run.measured(solved, fu, self.g)))
 
 
 def linear_run(solver: Solver[Any], stopping: Stopping) -> Forward:
@@ -168,10 +177,19 @@ def _once(ctx: Any, z: Tensor, args: Sequence[Tensor], wanted: Sequence[bool], g
         args = [arg.detach().requires_grad_(want) for arg, want in zip(args, wanted, strict=True)]
         record = _Recorded(ctx.f, z, args, g)
     if not record.fz.requires_grad:
-        return [None] * sum(wanted)
-    u = ctx.rule.linear(LinearSystem(record, g, (), ctx.run, recorded=True))
+        if _constant(ctx.f, z, args, record.fz):
+            return [None] * sum(wanted)
+        raise UndeclaredTensorError(
+            "f(z, *args) carries no gradient, neither of z nor of args: f runs under torch.no_grad(), or detaches what it "
+            "returns, and gradients would be lost; if none are wanted, solve under torch.no_grad()"
+        )
+    system = LinearSystem(record, g, (), ctx.run, recorded=True)
+    u = ctx.rule.linear(system)
     inputs = [arg for arg, want in zip(args, wanted, strict=True) if want]
-    return torch.autograd.grad(record.fz, inputs, u, allow_unused=True)
+    # With the gradients comes u J, and with it the true residual of the backward solve.
+    uj, *gradients = torch.autograd.grad(record.fz, [z, *inputs], u, allow_unused=True)
+    system.confirm(g if uj is None else g + uj)
+    return gradients
 
 
 def _differentiable(
@@ -235,6 +253,13 @@ class _Batched(_Derived):
     def __call__(self, u: Tensor, *tensors: Tensor) -> Tensor:
         many = torch.vmap(self.f, in_dims=(0, *self.in_dims))
         return many(u.unflatten(0, (self.size, -1)), *tensors).flatten(0, 1)
+
+
+@torch.no_grad()
+def _constant(f: Function, z: Tensor, args: Sequence[Tensor], fz: Tensor) -> bool:
+    """Whether f gives fz elsewhere too."""
+    elsewhere = [1.001 * arg + 0.001 if _differentiable_dtype(arg) else arg for arg in (z, *args)]
+    return torch.equal(f(*elsewhere), fz)
 
 
 def _differentiable_dtype(arg: Tensor) -> bool:

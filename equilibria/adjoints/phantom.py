@@ -11,7 +11,7 @@ from equilibria.adjoints.adjoint import DeclaredFunction, Forward
 from equilibria.adjoints.implicit import Implicit
 from equilibria.iterate import Solved
 from equilibria.solvers.solver import check_count, check_damping
-from equilibria.transforms import differentiating
+from equilibria.transforms import differentiating, reverse_alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,12 @@ class Phantom:
         check_damping("Phantom", self.damping)
 
     def solve(self, f: DeclaredFunction, z0: Tensor, args: tuple[Tensor, ...], forward: Forward) -> Solved:
-        solved = Implicit().solve(f, z0.detach(), tuple(arg.detach() for arg in args), forward)
+        if reverse_alone():
+            fz0 = forward.probe(f, z0, args, check_grad=differentiating())
+            with torch.no_grad():
+                solved = forward(f, z0.detach(), fz0.detach(), args)
+        else:  # under a transform, it is the autograd function that knows how to solve
+            solved = Implicit().solve(f, z0.detach(), tuple(arg.detach() for arg in args), forward)
         if not differentiating():
             return solved
         z = solved.z

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from equilibria.declared import Declared
-from equilibria.products import linearize
+from equilibria.products import linearize, needs_autograd
 from equilibria.solvers.solver import combine, dots
 from equilibria.stopping import l2, work_dtype
 from equilibria.structure import layout_of
@@ -22,6 +22,7 @@ class Linearised:
     """
 
     def __init__(self, f: Callable[[Tensor], Tensor], z: Tensor) -> None:
+        needs_autograd("the Jacobian of f")
         self.f = f
         self.z = z.detach()
         self.dtype = work_dtype(z.dtype)

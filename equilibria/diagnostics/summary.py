@@ -174,10 +174,11 @@ def _out_of_budget(found: Summary) -> str | None:
     allowed = stopping.tolerance(stats.residual / stats.relative)
     missing = float((allowed[spent] / stats.residual[spent]).log().min())  # of the worst sample, at its rate below
     rate = float(torch.nan_to_num(found.rate[spent], nan=float("inf")).max())
-    more = math.ceil(missing / math.log(rate)) if 0 < rate < 1 else math.inf
+    more = missing / math.log(rate) if 0 < rate < 1 else math.inf
     text = f"the budget of {stopping.max_evals} evaluations is spent by {float(spent.double().mean()):.0%} of samples: "
     if more <= 4 * stopping.max_evals:
-        return f"{text}raise max_evals (at the rate of the last steps, {rate:.2f}, to about {stats.evaluations + more})"
+        enough = stats.evaluations + math.ceil(more)
+        return f"{text}raise max_evals (at the rate of the last steps, {rate:.2f}, to about {enough})"
     return (
         f"{text}at the rate of the last steps, {rate:.2f}, more evaluations alone will not do; try another solver or a "
         "longer history, a looser tolerance, or Jacobian regularisation"

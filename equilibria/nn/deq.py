@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -87,14 +87,24 @@ class DEQ(nn.Module):
         """
         stopping = self.stopping if self.training or self.eval_stopping is None else self.eval_stopping
         block, batch_dims = self.block, getattr(self.block, "batch_dims", None)
+        if isinstance(batch_dims, Sequence) and len(batch_dims) != len(args):
+            raise ValueError(
+                f"{type(block).__name__}.batch_dims has {len(batch_dims)} entries for {len(args)} args; give one per arg: "
+                "the dimension that carries the batch, or None"
+            )
+        solver = self.solver_for(*args)
         with computed_once(block) as (places, values):
             if places:
                 block, args = WithConstants(block, places), (values, *args)
                 batch_dims = None if batch_dims is None else (None, *batch_dims)
             return fixed_point(
-                block, z0, *args, solver=self.solver, stopping=stopping, adjoint=self.adjoint, batch_dims=batch_dims,
+                block, z0, *args, solver=solver, stopping=stopping, adjoint=self.adjoint, batch_dims=batch_dims,
                 raise_nonfinite=self.raise_nonfinite,
             )  # fmt: skip
+
+    def solver_for(self, *args: Any) -> Solver[Any]:
+        """The solver of a solve with these args: `self.solver`, unless a subclass makes one of them."""
+        return self.solver
 
     def __getstate__(self) -> Any:
         make_picklable(self.block)

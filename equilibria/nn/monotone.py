@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from equilibria.adjoints import Adjoint
-from equilibria.fixed_point import fixed_point
 from equilibria.nn.deq import DEQ
-from equilibria.solution import Solution
+from equilibria.nn.pickling import make_picklable
 from equilibria.solvers import PeacemanRachford
 from equilibria.stopping import Stopping
 
@@ -50,6 +49,7 @@ def monotone(module: M, name: str = "weight", margin: float = 0.1) -> M:
         found = f"one of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else "none"
         raise ValueError(f"{type(module).__name__}.{name} must be a tensor of shape (D, D); there is {found}")
     register_parametrization(module, name, Monotone(margin))
+    make_picklable(module)
     return module
 
 
@@ -117,7 +117,8 @@ class MonotoneDEQ(DEQ):
     Args:
         block: `prepare(*inputs)` returns (W, c), W (D, D) with I - W monotone and c (B, D), such as `MonotoneBlock`.
         alpha: step size of `PeacemanRachford`; any value above 0 converges.
-        stopping, adjoint, eval_stopping: as in `DEQ`. For another solver use `DEQ` itself, with the same block.
+        stopping, adjoint, eval_stopping, raise_nonfinite: as in `DEQ`. For another solver use `DEQ` itself, with the same
+            block.
 
     torch.vmap over inputs is refused, as the splitting needs c beforehand.
 
@@ -135,20 +136,17 @@ class MonotoneDEQ(DEQ):
         stopping: Stopping | None = None,
         adjoint: Adjoint | None = None,
         eval_stopping: Stopping | None = None,
+        raise_nonfinite: bool = True,
     ) -> None:
-        super().__init__(block, stopping=stopping, adjoint=adjoint, eval_stopping=eval_stopping)
+        super().__init__(
+            block, stopping=stopping, adjoint=adjoint, eval_stopping=eval_stopping, raise_nonfinite=raise_nonfinite
+        )
         self.alpha = alpha
 
-    def solve(self, z0: Any, *args: Any) -> Solution:
+    def solver_for(self, *args: Any) -> PeacemanRachford:
         if len(args) != 2:
             raise TypeError(
                 f"MonotoneDEQ needs a block whose prepare returns (W, c), for f(z, W, c) = relu(W z + c); that of "
                 f"{type(self.block).__name__} returned {len(args)} args"
             )
-        weight, bias = args
-        solver = PeacemanRachford(weight=weight, bias=bias, alpha=self.alpha)
-        stopping = self.stopping if self.training or self.eval_stopping is None else self.eval_stopping
-        return fixed_point(
-            self.block, z0, weight, bias, solver=solver, stopping=stopping, adjoint=self.adjoint,
-            batch_dims=getattr(self.block, "batch_dims", None),
-        )  # fmt: skip
+        return PeacemanRachford(weight=args[0], bias=args[1], alpha=self.alpha)

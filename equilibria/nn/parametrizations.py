@@ -160,7 +160,7 @@ class SpectralNorm(nn.Module):
         u = None
         if n_power_iterations is not None:
             matrix = _matrix(weight.detach())
-            u = _iterate(matrix, torch.randn_like(matrix[:, 0]), 50)
+            u = _iterate(matrix, F.normalize(torch.randn_like(matrix[:, 0]), dim=0), 50)
         self.register_buffer("u", u)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -203,7 +203,8 @@ class DropConnect(nn.Module):
 def _iterate(matrix: Tensor, u: Tensor, steps: int) -> Tensor:
     """u towards the left singular vector of the largest singular value."""
     for _ in range(steps):
-        u = F.normalize(matrix @ F.normalize(matrix.mT @ u, dim=0), dim=0)
+        following = F.normalize(matrix @ F.normalize(matrix.mT @ u, dim=0), dim=0)
+        u = torch.where(following.any(), following, u)  # a weight of zeros has no direction, and may grow one
     return u
 
 

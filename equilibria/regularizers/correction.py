@@ -79,7 +79,7 @@ class Recording:
 
     def _keep(self, inner: State, rows: Tensor, step: int) -> RecordingState:
         if step in self.at:
-            z = inner.z.detach()
+            z = inner.z.detach().clone() if step == 0 else inner.z.detach()  # z0 is the caller's, who may write into it
             whole = len(rows) == self._batch
             self._kept[step] = z if whole else z.new_zeros(self._batch, z.shape[1]).index_copy(0, rows, z)
         common = {field.name: getattr(inner, field.name) for field in fields(State)}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from equilibria.compiled import as_written
 from equilibria.declared import Declared
+from equilibria.products import needs_autograd
 from equilibria.solvers.solver import check_count
 from equilibria.stopping import work_dtype
 from equilibria.structure import layout_of
@@ -53,6 +54,7 @@ def jacobian_loss(
     True
     """
     check_count("jacobian_loss", "probes", probes, 1)
+    needs_autograd("jacobian_loss")
     keep = torch.is_grad_enabled()
     layout = layout_of(z)
     declared = Declared(f, layout, args, None)
@@ -60,7 +62,7 @@ def jacobian_loss(
         point = layout.pack(z)
         if detach or not point.requires_grad:
             point = point.detach().requires_grad_()
-        with _as_written() if keep else nullcontext():
+        with as_written() if keep else nullcontext():
             output = declared(point, *declared.tensors)
         squares = point.new_zeros(layout.batch, dtype=work_dtype(layout.dtype))
         for _ in range(probes):
@@ -69,13 +71,6 @@ def jacobian_loss(
     losses = squares / probes  # (B,)
     losses = losses if keep else losses.detach()
     return losses if per_sample else losses.mean()
-
-
-def _as_written() -> AbstractContextManager[Any]:
-    """Run compiled parts of f uncompiled: what torch.compile makes cannot be differentiated twice."""
-    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():  # nothing is compiled, or all is
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 def _product(output: Tensor, point: Tensor, v: Tensor, create_graph: bool) -> Tensor:

@@ -30,6 +30,8 @@ from equilibria.stopping import l2
 
 STALL_STEPS, STALL_RATIO = 8, 0.7
 """A sample has stalled when its residual has not fallen to 0.7 of what it was in 8 steps."""
+WILD = 1e4
+"""A sample whose residual is so many times what it was has been carried off, also by steps that may raise it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,8 @@ class Anderson:
     """None: type 2, and type 1 for samples that have stalled."""
     restart: float | None = 1.5
     """How many times ‖g - Σ γᵢ Δgᵢ‖ (or half of ‖g‖, if that is more) the residual after a step of type 2 may be before the
-    sample forgets its history. Where f itself expands, as plain steps show, as much more is allowed. None: never forget."""
+    sample forgets its history. Where f itself expands, as plain steps show, as much more is allowed. A step of type 1 may
+    raise the residual to 10⁴ times what it was at the last progress. None: never forget."""
 
     traceable: ClassVar[bool] = True
 
@@ -143,7 +146,7 @@ class Anderson:
         if self.type == 1:
             return self._solve(gram, rhs - dots(df, state.g), lengths), torch.full_like(state.norm, torch.inf)
         stalled = _stalled(state) if self.type is None else None
-        traced = isinstance(state.age, Tensor)
+        traced = _unseen(state)
         if stalled is not None and traced:  # which samples have stalled is not known: all take part
             system, right = _first_type(dg, df, state.g)
             system = torch.where(stalled.view(-1, 1, 1), system, gram)
@@ -181,7 +184,7 @@ class Anderson:
         expansion = torch.where(plain, torch.maximum(state.expansion, norm / state.norm), state.expansion)
         if self.restart is not None:
             kept = plain | (norm <= self.restart * state.expansion * torch.maximum(predicted, 0.5 * state.norm))
-            lengths = lengths * kept.unsqueeze(1)
+            lengths = lengths * (kept & (norm <= WILD * state.mark)).unsqueeze(1)
         if self.type is None:  # type 1 starts afresh
             lengths = lengths * (waited != STALL_STEPS).unsqueeze(1)
         return AndersonState(
@@ -196,9 +199,14 @@ def _first_type(dg: Tensor, df: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return torch.bmm(back, dg.mT), dots(back, g)
 
 
+def _unseen(state: AndersonState) -> bool:
+    """Whether nobody looks which samples have stalled: where one cannot, or where an accelerator would have to wait."""
+    return isinstance(state.age, Tensor) or state.g.device.type != "cpu"
+
+
 def _stalled(state: AndersonState) -> Tensor:
     """(B,) which samples make no progress, other than for want of digits."""
     stalled = state.waited >= STALL_STEPS
-    if isinstance(state.age, Tensor) or bool(stalled.any()):
+    if _unseen(state) or bool(stalled.any()):
         stalled = stalled & (state.norm > 10 * torch.finfo(state.z.dtype).eps * l2(state.fz.detach()))
     return stalled

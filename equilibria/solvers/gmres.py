@@ -88,7 +88,7 @@ class GMRES:
         inverse = inverse_of(state.reach)
         w = v - (f_there - state.f_start).to(dtype) * inverse  # (I - A) v
         basis, hessenberg = arnoldi(state.basis, state.hessenberg, k, w)
-        y, rest = least_squares(hessenberg[:, : k + 2, : k + 1])
+        y, rest = least_squares(hessenberg[:, : k + 2, : k + 1], state.beta)
         of_basis = torch.cat((y[:, count : count + 1], torch.zeros_like(y[:, :count]), y[:, count + 1 :]), dim=1)
         weights = torch.stack((torch.nn.functional.pad(of_basis, (0, 1)), rest), dim=1) * state.beta.unsqueeze(2)
         moved, g = torch.bmm(weights, basis[:, : k + 2]).unbind(1)
@@ -165,8 +165,14 @@ def _orthogonalise(basis: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return column, w
 
 
-def least_squares(hessenberg: Tensor) -> tuple[Tensor, Tensor]:
-    """(y, e₁ - H y) with y = argmin ‖e₁ - H y‖, for H (B, k+1, k)."""
+def least_squares(hessenberg: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """(y, e₁ - H y) with y = argmin ‖e₁ - H y‖, for H (B, k+1, k).
+
+    Where the length beta (B, 1) of the right-hand side is 0, so is H, whose decomposition has no derivative; y does not
+    matter there, and another matrix is taken.
+    """
+    identity = torch.eye(*hessenberg.shape[1:], dtype=hessenberg.dtype, device=hessenberg.device)
+    hessenberg = torch.where((beta == 0).unsqueeze(2), identity, hessenberg)
     q, r = torch.linalg.qr(hessenberg)
     rhs = q[:, 0, :].unsqueeze(2)  # Qᵀ e₁
     # After an exact solve the space cannot grow: its columns are zero, and their coefficients are set to zero.

@@ -108,7 +108,7 @@ class NewtonKrylov:
             w = v - jacobian(v.to(state.z.dtype)).to(g.dtype)
             basis, hessenberg = arnoldi(basis, hessenberg, k, w)
             k += 1
-            found, rest = least_squares(hessenberg[:, : k + 1, :k])
+            found, rest = least_squares(hessenberg[:, : k + 1, :k], beta)
             size = l2(rest.detach())
             better = open_ & (size < residual)
             y = torch.where(better.unsqueeze(1), found, torch.nn.functional.pad(y, (0, 1)))

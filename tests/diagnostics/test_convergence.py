@@ -127,7 +127,7 @@ class TestPlot:
         rates = torch.tensor([[0.1], [0.99], [1e60]], dtype=torch.float64)
         solution = from_one(Picard(), rates, Stopping(rtol=0, atol=1e-3, trace=True), raise_nonfinite=False)
         ax = plot_convergence(solution)
-        assert ax.get_title() == "1 of 3 converged, 1 out of budget, 1 inf or NaN; evaluations: 50"
+        assert ax.get_title() == "1 of 3 converged, 1 out of budget, 1 inf or NaN; evaluations: 100"
         assert labels(ax) == ["sample 0", "sample 1, out of budget", "sample 2, inf or NaN"]
 
     def test_limits_are_drawn_where_they_are_known(self) -> None:
