@@ -58,9 +58,9 @@ def language_models() -> str:
     return f"""## DEQ-Transformer and its explicit twin
 
 Word level, `<eos>` after each line, whole validation and test splits, memory carried over the whole split. The twin is the
-same block stacked, with the same parameters under the same names, the same recipe and the same training tokens. The two
-were trained side by side by `equilibria train CORPUS --no-twin --threads 1`, with `--depth {result["twin_depth"]}` for the
-twin, so their times compare to each other; they are not the times of an idle machine.
+same block stacked, with the same parameters under the same names, the same recipe and the same training tokens. Each was
+trained by `equilibria train CORPUS --no-twin --threads 1`, with `--depth {result["twin_depth"]}` for the twin, two runs at a
+time on a machine that did other work as well: the times are rough.
 
 ```sh
 python benchmarks/language_models.py --data-dir DIR

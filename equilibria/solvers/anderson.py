@@ -96,11 +96,10 @@ class Anderson:
     """Relative to ‖Δgᵢ‖² (an absolute one outweighs the system when residuals get small); None: 10 times the machine
     epsilon."""
     type: Literal[1, 2] | None = None
-    """None: type 2, and type 1 for samples that have stalled."""
+    """None: type 2, and type 1 for samples that have stalled, afresh where it has raised their residual 10⁴ times."""
     restart: float | None = 1.5
     """How many times ‖g - Σ γᵢ Δgᵢ‖ (or half of ‖g‖, if that is more) the residual after a step of type 2 may be before the
-    sample forgets its history. Where f itself expands, as plain steps show, as much more is allowed. A step of type 1 may
-    raise the residual to 10⁴ times what it was at the last progress. None: never forget."""
+    sample forgets its history. Where f itself expands, as plain steps show, as much more is allowed. None: never forget."""
 
     traceable: ClassVar[bool] = True
 
@@ -184,9 +183,9 @@ class Anderson:
         expansion = torch.where(plain, torch.maximum(state.expansion, norm / state.norm), state.expansion)
         if self.restart is not None:
             kept = plain | (norm <= self.restart * state.expansion * torch.maximum(predicted, 0.5 * state.norm))
-            lengths = lengths * (kept & (norm <= WILD * state.mark)).unsqueeze(1)
-        if self.type is None:  # type 1 starts afresh
-            lengths = lengths * (waited != STALL_STEPS).unsqueeze(1)
+            lengths = lengths * kept.unsqueeze(1)
+        if self.type is None:  # type 1 starts afresh, at first and where it was carried off
+            lengths = lengths * ((waited != STALL_STEPS) & (norm <= WILD * state.mark)).unsqueeze(1)
         return AndersonState(
             z=z, fz=fz, g=g, dg=dg, df=df, gram=store_products(state.gram, age, row, column), lengths=lengths, norm=norm,
             expansion=expansion, mark=torch.where(fallen, norm, state.mark), waited=waited, age=age + 1,

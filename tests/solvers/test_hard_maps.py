@@ -14,6 +14,7 @@ from problems import normal, orthogonal, tanh_map
 from torch import Tensor, nn
 
 from equilibria import Broyden, Picard, Stopping, fixed_point
+from equilibria.models import DEQTransformerLM, TransformerConfig
 from equilibria.models.block import TransformerBlock
 from equilibria.solution import Stats
 from equilibria.solvers import Solver
@@ -103,3 +104,15 @@ class TestTransformerBlocks:
         with torch.no_grad():
             default, *others = (solve(f, z0, *args, rtol=1e-3, solver=s) for s in (None, Picard(), Broyden(history=20)))
         assert all(default.evaluations < other.evaluations for other in others)
+
+
+@pytest.mark.parametrize("seed", [1, 3, 8])
+def test_a_solve_that_does_not_converge_stays_finite(seed: int) -> None:
+    """Blocks fresh from initialisation, with small injections: steps of type 1 are carried off now and then."""
+    torch.manual_seed(seed)
+    model = DEQTransformerLM(TransformerConfig(vocab_size=11, d_model=16, n_head=2, d_inner=32, subseq_len=3))
+    tokens = torch.randint(11, (2, 7))
+    with torch.no_grad():
+        output = model(tokens, tokens)
+    assert output.nll.isfinite().all()
+    assert all(float(stats.relative.max()) < 0.1 for stats in output.stats)
