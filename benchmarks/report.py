@@ -59,8 +59,8 @@ def language_models() -> str:
 
 Word level, `<eos>` after each line, whole validation and test splits, memory carried over the whole split. The twin is the
 same block stacked, with the same parameters under the same names, the same recipe and the same training tokens. Each was
-trained by `equilibria train CORPUS --no-twin --threads 1`, with `--depth {result["twin_depth"]}` for the twin, two runs at a
-time on a machine that did other work as well: the times are rough.
+trained by `equilibria train CORPUS --no-twin --threads 1`, with `--depth {result["twin_depth"]}` for the twin, two runs
+at a time on a machine that did other work as well: the times are rough.
 
 ```sh
 python benchmarks/language_models.py --data-dir DIR
