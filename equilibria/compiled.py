@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch import config
+
+from equilibria.transforms import nodes_behind
 
 
 def source(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,7 +33,7 @@ def recorded_to_stay(record: Callable[[], Tensor]) -> tuple[Tensor, Callable[[],
     if not compiled:
         return output, nullcontext
     if any(map(_donates, compiled)):
-        with torch.compiler.set_stance("force_eager"):
+        with as_written():
             return record(), nullcontext
     return output, _keeping  # without it the compiler refuses, for it does not remember what it was told
 
@@ -52,14 +54,3 @@ def _donates(node: Any) -> bool:
         return bool(node._forward_cls.metadata.bw_donated_idxs)
     except AttributeError:  # another version of the compiler: nothing is known
         return True
-
-
-def nodes_behind(output: Tensor) -> Iterator[Any]:
-    """The nodes of the graph behind a tensor."""
-    seen, queue = set(), [output.grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            queue.extend(parent for parent, _ in node.next_functions)

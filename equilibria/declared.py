@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from equilibria.compiled import nodes_behind, source
+from equilibria.compiled import source
 from equilibria.solution import RandomMapError, UndeclaredTensorError
 from equilibria.structure import Layout
-from equilibria.transforms import carries_derivatives, without_derivatives
+from equilibria.transforms import carries_derivatives, nodes_behind, without_derivatives
 
 
 class Declared:
@@ -87,14 +87,14 @@ class Declared:
         """
         random = _random_states(z.device)
         inputs = tuple(map(without_derivatives, (z, *tensors))) if check_grad else (z, *tensors)
-        versions = [_version(value) for value in inputs[1:]]
+        passed = inputs[1 : 1 + len(self._places)]
+        versions = list(map(_version, passed))
         output = self(*inputs)
-        passed = len(self._places)
-        if [_version(value) for value in inputs[1:]][:passed] != versions[:passed]:
+        if list(map(_version, passed)) != versions:
             raise ValueError(
                 "f writes into one of its args, so it changes at every evaluation; use operations that return a new tensor"
             )
-        if _moved(random) and self._draws(*inputs):
+        if _moved(random, z.device) and self._draws(*inputs):
             raise RandomMapError(
                 "f draws random numbers, so it changes at every evaluation and has no fixed point; draw them once before "
                 "the solve and pass them in args (for dropout: equilibria.nn.FrozenDropout, its mask drawn in prepare)"
@@ -113,7 +113,7 @@ class Declared:
         for _ in range(3):
             random = _random_states(z.device)
             self(z, *tensors)
-            if not _moved(random):
+            if not _moved(random, z.device):
                 return False
         return True
 
@@ -229,8 +229,7 @@ def _random_states(device: torch.device) -> list[Tensor]:
     return states
 
 
-def _moved(states: list[Tensor]) -> bool:
-    device = torch.device("cuda", torch.cuda.current_device()) if len(states) > 1 else torch.device("cpu")
+def _moved(states: list[Tensor], device: torch.device) -> bool:
     return not all(map(torch.equal, states, _random_states(device)))
 
 

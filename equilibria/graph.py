@@ -96,7 +96,7 @@ def _loop(
 
 def _values(state: State, names: Sequence[str]) -> list[Tensor]:
     """The fields of a solver's state as tensors: counts are carried as such through a compiled loop."""
-    state = state.traceable()
+    state = state.with_tensor_counts()
     return [getattr(state, name) for name in names]
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from equilibria.compiled import as_written, nodes_behind
-from equilibria.transforms import reverse_alone
+from equilibria.compiled import as_written
+from equilibria.transforms import nodes_behind, reverse_alone
 
 
 def linearize(f: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:

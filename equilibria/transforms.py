@@ -6,7 +6,7 @@ the innermost on top. Below, "this level" is the top of that stack, or plain aut
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -93,3 +93,14 @@ def carries_derivatives(t: Tensor) -> bool:
         return False
     with one_level_down():
         return carries_derivatives(_functorch.get_unwrapped(t) if here else t)
+
+
+def nodes_behind(output: Tensor) -> Iterator[Any]:
+    """The nodes of the graph behind a tensor."""
+    seen, queue = set(), [output.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            queue.extend(parent for parent, _ in node.next_functions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from problems import Counted, affine_map, flat, normal, orthogonal, tanh_map
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from trees import trees
 
 from equilibria import (
     GMRES,
@@ -64,28 +65,14 @@ class Leaf:
     shape: tuple[int, ...]
 
 
-class Pair(NamedTuple):
-    a: Any
-    b: Any
-
-
 leaves = st.lists(st.integers(1, 3), max_size=3).map(lambda shape: Leaf(tuple(shape)))
-trees = st.recursive(
-    leaves,
-    lambda inner: st.one_of(
-        st.lists(inner, min_size=1, max_size=3),
-        st.lists(inner, min_size=1, max_size=3).map(tuple),
-        st.dictionaries(st.text(max_size=3), inner, min_size=1, max_size=3),
-        st.builds(Pair, inner, inner),
-    ),
-    max_leaves=5,
-)
+nested = trees(leaves, most=5)
 
 
 class TestNested:
     @each_adjoint
     @settings(max_examples=15)
-    @given(tree=trees, seed=st.integers(0, 100), name=st.sampled_from([name for name in SOLVERS if name != "gmres"]))
+    @given(tree=nested, seed=st.integers(0, 100), name=st.sampled_from([name for name in SOLVERS if name != "gmres"]))
     def test_a_nested_state_is_solved_as_its_flat_form_bit_for_bit(
         self, adjoint: Any, tree: Any, seed: int, name: str
     ) -> None:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_flatten
+from trees import trees
 
 from equilibria import Broyden, Picard, Stopping, fixed_point
 from equilibria.structure import layout_of
-
-
-class Pair(NamedTuple):
-    a: Any
-    b: Any
 
 
 @st.composite
@@ -34,17 +30,7 @@ def states(draw: st.DrawFn) -> Any:
         return torch.arange(count - size, count, dtype=dtype).reshape(batch, *shape)
 
     leaves = st.lists(st.integers(1, 3), max_size=3).map(leaf)
-    trees = st.recursive(
-        leaves,
-        lambda inner: st.one_of(
-            st.lists(inner, min_size=1, max_size=3),
-            st.lists(inner, min_size=1, max_size=3).map(tuple),
-            st.dictionaries(st.text(max_size=3), inner, min_size=1, max_size=3),
-            st.builds(Pair, inner, inner),
-        ),
-        max_leaves=6,
-    )
-    return draw(trees)
+    return draw(trees(leaves, most=6))
 
 
 def noncontiguous(state: Any) -> Any:

@@ -147,6 +147,23 @@ class Forward:
         )
 
 
+def differentiable(tensor: Tensor) -> bool:
+    """Whether a gradient can flow to a tensor of this dtype."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def wanted(needed: Sequence[bool], args: Sequence[Tensor]) -> list[bool]:
+    """Which args are to receive gradients, of those that autograd needs."""
+    return [need and differentiable(arg) for need, arg in zip(needed, args, strict=True)]
+
+
+def leaves_of(z: Tensor, args: Sequence[Tensor], wants: Sequence[bool]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """(z, args, inputs) cut off from their history, to record f anew: inputs are z and the args that want gradients."""
+    z = z.detach().requires_grad_()
+    args = [arg.detach().requires_grad_(want) for arg, want in zip(args, wants, strict=True)]
+    return z, args, [z, *(arg for arg, want in zip(args, wants, strict=True) if want)]
+
+
 class Adjoint(Protocol):
     """How a fixed point is differentiated."""
 

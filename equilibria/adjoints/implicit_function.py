@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from equilibria.adjoints.adjoint import DeclaredFunction, Forward, Function
+from equilibria.adjoints.adjoint import DeclaredFunction, Forward, Function, differentiable, leaves_of, wanted
 from equilibria.compiled import recorded_to_stay
 from equilibria.iterate import Solved
 from equilibria.products import linearize
@@ -118,16 +118,16 @@ class _FixedPoint(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         g = gradients[0]
         z, *args = ctx.saved_tensors
-        wanted = [needed and _differentiable_dtype(arg) for needed, arg in zip(ctx.needs_input_grad[5:], args, strict=True)]
-        if g is None or not any(wanted):
+        wants = wanted(ctx.needs_input_grad[5:], args)
+        if g is None or not any(wants):
             return (None,) * (5 + len(args))
 
         def pull(g: Tensor) -> Sequence[Tensor | None]:
             way = _differentiable if torch.is_grad_enabled() or transformed() else _once
-            return way(ctx, z, args, wanted, g)
+            return way(ctx, z, args, wants, g)
 
         found = iter(through_old_vmap(pull, g))
-        return (None, None, None, None, None, *(next(found) if want else None for want in wanted))
+        return (None, None, None, None, None, *(next(found) if want else None for want in wants))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -169,35 +169,33 @@ class _FixedPoint(torch.autograd.Function):
         return outputs, (0, 0, 0, 0, 0, 1)
 
 
-def _once(ctx: Any, z: Tensor, args: Sequence[Tensor], wanted: Sequence[bool], g: Tensor) -> Sequence[Tensor | None]:
+def _once(ctx: Any, z: Tensor, args: Sequence[Tensor], wants: Sequence[bool], g: Tensor) -> Sequence[Tensor | None]:
     """Gradients that need no further derivative: f is recorded once, and each evaluation of the backward solve, like the
     gradients at its end, is a backward pass over that record."""
     with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        args = [arg.detach().requires_grad_(want) for arg, want in zip(args, wanted, strict=True)]
+        z, args, inputs = leaves_of(z, args, wants)
         record = _Recorded(ctx.f, z, args, g)
     if not record.fz.requires_grad:
         if _constant(ctx.f, z, args, record.fz):
-            return [None] * sum(wanted)
+            return [None] * sum(wants)
         raise UndeclaredTensorError(
             "f(z, *args) carries no gradient, neither of z nor of args: f runs under torch.no_grad(), or detaches what it "
             "returns, and gradients would be lost; if none are wanted, solve under torch.no_grad()"
         )
     system = LinearSystem(record, g, (), ctx.run, recorded=True)
     u = ctx.rule.linear(system)
-    inputs = [arg for arg, want in zip(args, wanted, strict=True) if want]
     # With the gradients comes u J, and with it the true residual of the backward solve.
-    uj, *gradients = torch.autograd.grad(record.fz, [z, *inputs], u, allow_unused=True)
+    uj, *gradients = torch.autograd.grad(record.fz, inputs, u, allow_unused=True)
     system.confirm(g if uj is None else g + uj)
     return gradients
 
 
 def _differentiable(
-    ctx: Any, z: Tensor, args: Sequence[Tensor], wanted: Sequence[bool], g: Tensor
+    ctx: Any, z: Tensor, args: Sequence[Tensor], wants: Sequence[bool], g: Tensor
 ) -> Sequence[Tensor | None]:
     """Gradients that may be differentiated again or transformed: u is a function of g, z and args."""
     u = ctx.rule.linear(LinearSystem(_PullMap(ctx.f), g, (g, z, *args), ctx.run, recorded=False))
-    places = [i for i, want in enumerate(wanted) if want]
+    places = [i for i, want in enumerate(wants) if want]
     pullback = torch.func.vjp(lambda *values: ctx.f(z, *_with(args, places, values)), *(args[i] for i in places))[1]
     return pullback(u)
 
@@ -258,12 +256,8 @@ class _Batched(_Derived):
 @torch.no_grad()
 def _constant(f: Function, z: Tensor, args: Sequence[Tensor], fz: Tensor) -> bool:
     """Whether f gives fz elsewhere too."""
-    elsewhere = [1.001 * arg + 0.001 if _differentiable_dtype(arg) else arg for arg in (z, *args)]
+    elsewhere = [1.001 * arg + 0.001 if differentiable(arg) else arg for arg in (z, *args)]
     return torch.equal(f(*elsewhere), fz)
-
-
-def _differentiable_dtype(arg: Tensor) -> bool:
-    return arg.is_floating_point() or arg.is_complex()
 
 
 def _with(args: Sequence[Tensor], places: Sequence[int], values: Sequence[Tensor]) -> list[Tensor]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from equilibria.adjoints.adjoint import DeclaredFunction, Forward
+from equilibria.adjoints.adjoint import DeclaredFunction, Forward, Function
 from equilibria.adjoints.implicit import Implicit
 from equilibria.iterate import Solved
 from equilibria.solvers.solver import check_count, check_damping
@@ -50,11 +51,15 @@ class Phantom:
             solved = Implicit().solve(f, z0.detach(), tuple(arg.detach() for arg in args), forward)
         if not differentiating():
             return solved
-        z = solved.z
-        for _ in range(self.steps):
-            fz = f(z, *args)
-            z = fz if self.damping == 1.0 else z + self.damping * (fz - z)
+        z = self.walk(f, solved.z, args)
         forward.evaluations += self.steps
         # The value of z*, the gradient of the steps; a sample without a finite value passes none on.
         attached = torch.where(z.isfinite(), z - z.detach(), 0.0)
         return solved._replace(z=solved.z + attached)
+
+    def walk(self, f: Function, z: Tensor, args: Sequence[Tensor]) -> Tensor:
+        """Where `steps` damped steps from z lead."""
+        for _ in range(self.steps):
+            fz = f(z, *args)
+            z = fz if self.damping == 1.0 else z + self.damping * (fz - z)
+        return z

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equilibria.adjoints.adjoint import DeclaredFunction, Forward, Function
+from equilibria.adjoints.adjoint import DeclaredFunction, Forward, Function, leaves_of, wanted
 from equilibria.iterate import Solved, iterate
 from equilibria.solution import ReconstructionError
 from equilibria.solvers.reversible import ReversiblePicard, ReversibleState
@@ -113,15 +113,12 @@ class _Reversible(torch.autograd.Function):
         before, exact, steps, z0, *args = ctx.saved_tensors
         if g is None:
             return (None,) * (6 + len(args))
-        wanted = [
-            needed and (a.is_floating_point() or a.is_complex())
-            for needed, a in zip(ctx.needs_input_grad[6:], args, strict=True)
-        ]
-        walk = _WalkBack(partial(_pull, ctx.f, args, wanted), ctx.damping, z0.dtype)
+        wants = wanted(ctx.needs_input_grad[6:], args)
+        walk = _WalkBack(partial(_pull, ctx.f, args, wants), ctx.damping, z0.dtype)
         start, of_z0, of_args = walk(before, exact, steps, g.to(torch.float64))
         _check(start, z0, exact, ctx.adjoint.tolerance, ctx.damping, int(steps.max()))
-        found = iter(of_args if of_args else [None] * sum(wanted))
-        return (None, None, None, None, None, of_z0.to(z0.dtype), *(next(found) if want else None for want in wanted))
+        found = iter(of_args if of_args else [None] * sum(wants))
+        return (None, None, None, None, None, of_z0.to(z0.dtype), *(next(found) if want else None for want in wants))
 
 
 class _WalkBack:
@@ -150,14 +147,12 @@ class _WalkBack:
 
 
 def _pull(
-    f: Function, args: list[Tensor], wanted: list[bool], z: Tensor, cotangent: Tensor
+    f: Function, args: list[Tensor], wants: list[bool], z: Tensor, cotangent: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """f(z), and the cotangent pulled back to z and to the args that want it."""
     with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        args = [arg.detach().requires_grad_(want) for arg, want in zip(args, wanted, strict=True)]
+        z, args, inputs = leaves_of(z, args, wants)
         fz = f(z, *args)
-    inputs = [z, *(arg for arg, want in zip(args, wanted, strict=True) if want)]
     if not fz.requires_grad:
         return fz, torch.zeros_like(z), [None] * (len(inputs) - 1)
     found: list[Tensor | None] = list(torch.autograd.grad(fz, inputs, cotangent, allow_unused=True))

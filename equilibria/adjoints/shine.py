@@ -112,10 +112,10 @@ class _Reuse:
     estimate: _Estimate | None
 
     def linear(self, system: LinearSystem) -> Tensor:
-        shine = self.shine
-        run = linear_run(shine.solver, Stopping(rtol=shine.rtol))
+        shine, stopping = self.shine, Stopping(rtol=self.shine.rtol)
         if not system.recorded or self.estimate is None:
-            return system.solve(Implicit(solver=run.solver, stopping=run.stopping), run)
+            return Implicit(solver=shine.solver, stopping=stopping).linear(system)
+        run = linear_run(shine.solver, stopping)
         u, fu = self._start(system, run)
         run.stopping = Stopping(rtol=shine.rtol, max_evals=run.evaluations + shine.refine)
         return system.solve(self, run, u, fu)

@@ -68,7 +68,7 @@ def _to_the_end(solver: Solver[Any], f: BudgetedMap, z0: Tensor, stopping: Stopp
         )
     loop = Loop(solver, stopping)
     state, record = loop.start(f, z0)
-    state = state.traceable()
+    state = state.with_tensor_counts()
     while f.remaining > 0:
         state = loop.advance(f, state, record)
     return record.solved(stopping)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from equilibria.declared import Declared
 from equilibria.products import linearize, needs_autograd
-from equilibria.solvers.solver import combine, dots
+from equilibria.solvers.solver import combine, dots, inverse_of
 from equilibria.stopping import l2, work_dtype
 from equilibria.structure import layout_of
 
@@ -68,7 +68,7 @@ class Linearised:
 def unit(w: Tensor) -> tuple[Tensor, Tensor]:
     """(w / ‖w‖, ‖w‖) of every row of w (B, D); a zero stays zero."""
     norm = l2(w)
-    return w * torch.where(norm > 0, norm.reciprocal(), 0.0).unsqueeze(1), norm
+    return w * inverse_of(norm).unsqueeze(1), norm
 
 
 def orthogonalise(basis: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -84,7 +84,6 @@ class TransformerBlock(nn.Module):
         weight_norm: W = g V / ‖V‖ row by row, for the weights of all five linear maps.
         init_std: the weights start as N(0, init_std²), the biases of linear maps as 0.
 
-
     Source: Bai, Kolter & Koltun, "Deep Equilibrium Models", 2019, section 3.3 and appendix B.
 
     >>> block = TransformerBlock(d_model=32, n_head=4, d_inner=64)

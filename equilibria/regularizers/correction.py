@@ -114,10 +114,7 @@ class Recording:
         states = []
         for k in self.at:
             z = torch.where((last >= k).unsqueeze(1), self._kept.get(k, returned), returned)
-            for _ in range(phantom.steps):
-                fz = declared(z, *declared.tensors)
-                z = fz if phantom.damping == 1.0 else z + phantom.damping * (fz - z)
-            states.append(layout.unpack(z))
+            states.append(layout.unpack(phantom.walk(declared, z, declared.tensors)))
         return states
 
 

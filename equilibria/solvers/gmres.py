@@ -105,7 +105,7 @@ class GMRES:
             fall = state.beta * state.basis[:, 0] - state.g  # (I - A) moved
             length = l2(fall).unsqueeze(1)
             useful = length > torch.finfo(fall.dtype).eps ** 0.5 * state.beta  # else it is made of rounding errors
-            scale = torch.where(useful, length, 1.0).reciprocal() * useful
+            scale = inverse_of(torch.where(useful, length, 0.0))
             kept = torch.cat(((scale * state.moved).unsqueeze(1), kept), dim=1)[:, : self.keep]
             products = torch.cat(((scale * fall).unsqueeze(1), products), dim=1)[:, : self.keep]
         count = kept.shape[1]

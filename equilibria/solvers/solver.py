@@ -43,7 +43,7 @@ class State:
     g: Tensor
     """(B, D) f(z) - z, in float32 at least."""
 
-    def traceable(self) -> Self:
+    def with_tensor_counts(self) -> Self:
         """The same with its integers as tensors, for a loop in which no value of a tensor may be asked for."""
         counts = {field.name: getattr(self, field.name) for field in fields(self)}
         device = self.z.device

@@ -90,6 +90,7 @@ class Trainer:
         """Train until the last step, the end of the wall-clock budget, or ctrl-C (which raises Interrupted)."""
         state = self.state
         with contextlib.ExitStack() as stack:  # whatever was opened is closed, wherever ctrl-C strikes
+            stack.callback(setattr, self, "metrics", None)
             self.metrics = stack.enter_context(contextlib.closing(MetricsLog(self.folder.metrics, step=state.step)))
             purge = {"purge_step": state.step + 1} if state.step else {}
             self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge})
@@ -104,7 +105,6 @@ class Trainer:
                 raise
             except NonFiniteError as error:
                 raise NonFiniteError(self._explain(error), error.solution) from error
-        self.metrics = None
 
     def _loop(self, progress: Progress) -> None:
         state, config = self.state, self.config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import affine_map, normal, normal_matrix, orthogonal, tanh_map
+from problems import Counted, affine_map, normal, normal_matrix, orthogonal, tanh_map
 from torch import Tensor
 
 from equilibria import Implicit, Neumann, Phantom, Stopping, fixed_point
@@ -55,17 +55,11 @@ def test_equals_phantom_with_as_many_steps() -> None:
 
 
 def test_costs_one_record_and_a_product_for_each_further_term() -> None:
-    calls = 0
-
-    def f(z: Tensor, x: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return 0.5 * z + x
-
+    f = Counted(lambda z, x: 0.5 * z + x)
     x = torch.ones(2, 3, requires_grad=True)
     z, stats = fixed_point(f, torch.zeros(2, 3), x, adjoint=Neumann(terms=7))
     z.sum().backward()
-    assert calls == stats.evaluations + 1
+    assert f.calls == stats.evaluations + 1
 
 
 def test_transforms_agree_with_plain_autograd() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import PROBLEMS, normal, orthogonal, tanh_map
+from problems import PROBLEMS, Counted, normal, orthogonal, tanh_map
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -117,18 +117,12 @@ def test_memory_does_not_grow_with_the_steps() -> None:
 
 
 def test_costs_an_evaluation_for_each_step() -> None:
-    calls = 0
-
-    def f(z: Tensor, x: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return 0.5 * z + x
-
+    f = Counted(lambda z, x: 0.5 * z + x)
     x = torch.ones(2, 3, requires_grad=True)
     z, stats = fixed_point(f, torch.zeros(2, 3), x, solver=PICARD, adjoint=Reversible())
-    assert calls == stats.evaluations
+    assert f.calls == stats.evaluations
     z.sum().backward()
-    assert calls == stats.evaluations + int(stats.steps.max())
+    assert f.calls == stats.evaluations + int(stats.steps.max())
 
 
 class TestRefuses:
