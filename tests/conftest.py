@@ -20,12 +20,24 @@ hypothesis.settings.load_profile("equilibria")
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real data sets beside the checkout; skips the test where there is none."""
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+def shared() -> Path:
+    """The folder of real data and recordings beside the checkout; skips the test where there is none."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
-        pytest.skip(f"the real data sets are not in {folder}")
+        pytest.skip(f"neither data sets nor recordings are in {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data(shared: Path) -> Path:
+    """Real data sets."""
+    return shared / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_golden(shared: Path) -> Path:
+    """Recordings of the original system."""
+    return shared / "golden"
 
 
 @pytest.fixture
