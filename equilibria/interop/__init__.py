@@ -1,0 +1,1 @@
+"""Other systems: what they saved, and what they computed."""
