@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from equilibria.data.byte_pair import BytePair
+from equilibria.data.copy_memory import DELAY, copy_memory
+from equilibria.data.corpus import Corpus, Split
 from equilibria.data.python_docs import Texts, python_docs_texts
-from equilibria.data.tokenizer import Tokenizer
 from equilibria.data.vocabulary import Vocabulary
 from equilibria.solution import UserError
 
@@ -22,57 +20,34 @@ PENN_TREEBANK_SOURCE = "they are in simple-examples/data of http://www.fit.vutbr
 TEXT_SOURCE = "put your own text into it as UTF-8, some 90 %, 5 % and 5 % of it in the three files"
 
 
-@dataclass(frozen=True)
-class Split:
-    """One part of a text, as tokens.
+def load_corpus(
+    name: str, data_dir: str | Path | None = None, *, vocab_size: int | None = None, delay: int | None = None
+) -> Corpus:
+    """The corpus called `name`: 'python-docs', 'wikitext-2', 'penn-treebank', 'copy-memory' or 'text'.
 
-    With a mean loss of `nll` nats per token, it is coded in nll / ln 2 / bytes_per_token bits per byte, a figure that
-    can be compared between tokenizers.
-    """
-
-    tokens: Tensor
-    """(N,) int64."""
-    text_bytes: int
-    """Length in bytes, as UTF-8, of the text that the tokens stand for."""
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Mean number of bytes that a token stands for."""
-        return self.text_bytes / len(self.tokens)
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A text in three splits, and the tokenizer that was made from its train split."""
-
-    name: str
-    train: Split
-    valid: Split
-    test: Split
-    tokenizer: Tokenizer
-    test_text: str
-    """The text of the test split as it was before tokenisation."""
-
-
-def load_corpus(name: str, data_dir: str | Path | None = None, *, vocab_size: int | None = None) -> Corpus:
-    """The corpus called `name`: 'python-docs', 'wikitext-2', 'penn-treebank' or 'text'.
-
-    `data_dir` is the folder that holds the files of the last three; `vocab_size` the number of tokens of the byte-pair
-    vocabulary of 'python-docs' and 'text' (default 2048). Raises UserError for a name, a folder or a combination of
-    these that cannot be used.
+    `data_dir` is the folder that holds the files of those that have files; `vocab_size` the number of tokens of the
+    byte-pair vocabulary of 'python-docs' and 'text' (default 2048); `delay` the T of 'copy-memory' (default 400).
+    Raises UserError for a name, a folder or a combination of these that cannot be used.
 
         load_corpus("python-docs", vocab_size=512)
     """
     word_level = {"wikitext-2": wikitext2, "penn-treebank": penn_treebank}
-    if name not in ("python-docs", "text", *word_level):
-        raise UserError(f"there is no corpus {name!r}; choose python-docs, wikitext-2, penn-treebank or text")
+    if name not in ("python-docs", "text", "copy-memory", *word_level):
+        raise UserError(f"there is no corpus {name!r}; choose python-docs, wikitext-2, penn-treebank, copy-memory or text")
+    if delay is not None and name != "copy-memory":
+        raise UserError(f"{name} has no delay, which is an option of copy-memory; leave the delay out (None)")
+    if name in ("python-docs", "copy-memory") and data_dir is not None:
+        whence = "read from the Python installation" if name == "python-docs" else "generated"
+        raise UserError(
+            f"{name} is {whence}, not read from {data_dir}; leave the data folder out, "
+            "or choose the corpus text to read your own"
+        )
     if name == "python-docs":
-        if data_dir is not None:
-            raise UserError(
-                f"python-docs is read from the Python installation, not from {data_dir}; leave the data folder out, "
-                "or choose the corpus text to read your own"
-            )
         return python_docs(VOCAB_SIZE if vocab_size is None else vocab_size)
+    if name == "copy-memory":
+        if vocab_size is not None:
+            raise UserError("copy-memory has ten symbols; leave the vocabulary size out (None)")
+        return copy_memory(DELAY if delay is None else delay)
     if data_dir is None:
         raise UserError(f"the corpus {name} is read from a folder; name the folder with --data-dir")
     if name == "text":

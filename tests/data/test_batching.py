@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from equilibria.data import OrderedBatches
+from equilibria.data import OrderedBatches, SequenceBatches
 from equilibria.solution import UserError
 
 
@@ -94,3 +94,86 @@ def test_misuse() -> None:
     for batch_size, length in [(0, 1), (1, 0), (-1, 1)]:
         with pytest.raises(ValueError, match="must be at least 1"):
             OrderedBatches(torch.arange(8), batch_size, length)
+
+
+@given(texts(), st.integers(0, 25))
+def test_extended_context_is_what_stands_before_the_segment(text: tuple[torch.Tensor, int, int], extra: int) -> None:
+    plain = OrderedBatches(*text)
+    extended = OrderedBatches(*text, extended_context=extra)
+    assert len(plain) == len(extended)
+    for i, ((inputs, targets), (more, same)) in enumerate(zip(plain, extended, strict=True)):
+        assert torch.equal(same, targets)
+        before = min(extra, i * plain.length)
+        assert torch.equal(more[:, before:], inputs)
+        assert torch.equal(more, plain.lanes[:, i * plain.length - before :][:, : before + inputs.shape[1]])
+
+
+def test_an_ordered_text_is_the_same_in_every_epoch() -> None:
+    batches = OrderedBatches(torch.arange(30), 2, 5)
+    assert batches.carries_memory
+    assert batches.at_epoch(7) is batches
+
+
+def sequences(count: int, length: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = torch.arange(count * length).view(count, length)
+    return inputs, -inputs
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 5), st.integers(0, 5))
+def test_every_sequence_is_seen_once_an_epoch_with_its_targets(count: int, size: int, seed: int, epoch: int) -> None:
+    inputs, targets = sequences(count)
+    batches = SequenceBatches(inputs, targets, min(size, count), seed=seed).at_epoch(epoch)
+    parts = list(batches)
+    assert len(parts) == len(batches) == math.ceil(count / batches.batch_size)
+    assert all(len(part) == batches.batch_size for part, _ in parts[:-1])
+    seen = torch.cat([part for part, _ in parts])
+    assert torch.equal(torch.cat([part for _, part in parts]), -seen)
+    assert torch.equal(seen.sort(dim=0).values, inputs)
+
+
+def test_the_order_of_sequences_depends_on_seed_and_epoch_alone() -> None:
+    inputs, targets = sequences(50)
+    given_order = SequenceBatches(inputs, targets, 8)
+    assert not given_order.carries_memory
+    assert torch.equal(torch.cat([part for part, _ in given_order]), inputs)
+    orders = {}
+    for seed in range(3):
+        for epoch in (2, 0, 1):
+            batches = SequenceBatches(inputs, targets, 8, seed=seed).at_epoch(5).at_epoch(epoch)
+            order = torch.cat([part for part, _ in batches])
+            again = SequenceBatches(inputs, targets, 8, seed=seed).at_epoch(epoch)
+            assert torch.equal(order, torch.cat([part for part, _ in again]))
+            assert torch.equal(again[-1][0], order[48:])
+            orders[seed, epoch] = tuple(order[:, 0].tolist())
+    assert len(set(orders.values())) == 9
+    assert torch.equal(torch.cat([part for part, _ in given_order]), inputs)
+
+
+def test_sequences_are_made_on_the_device_from_small_integers_as_copies() -> None:
+    inputs = torch.arange(6, dtype=torch.uint8).view(3, 2)
+    for batches in (SequenceBatches(inputs, inputs, 2), SequenceBatches(inputs, inputs, 2).at_epoch(0)):
+        part, targets = batches[0]
+        assert part.dtype == targets.dtype == torch.int64
+        part.zero_()
+        assert torch.equal(inputs, torch.arange(6, dtype=torch.uint8).view(3, 2))
+        assert not torch.equal(part, targets)
+    part, targets = SequenceBatches(inputs, inputs, 2, "meta").at_epoch(1)[0]
+    assert part.device.type == targets.device.type == "meta"
+
+
+def test_misuse_of_sequences() -> None:
+    inputs, targets = sequences(4)
+    with pytest.raises(ValueError, match=r"inputs has shape \(4, 3\) and targets \(3, 3\)"):
+        SequenceBatches(inputs, targets[1:], 1)
+    with pytest.raises(ValueError, match=r"both must be \(N, L\)"):
+        SequenceBatches(inputs[0], targets[0], 1)
+    with pytest.raises(TypeError, match=r"targets has dtype torch\.float32"):
+        SequenceBatches(inputs, targets.float(), 1)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        SequenceBatches(inputs, targets, 0)
+    with pytest.raises(UserError, match="4 sequences are too few for a batch size of 5"):
+        SequenceBatches(inputs, targets, 5)
+    with pytest.raises(IndexError, match="segment 4 of 4"):
+        SequenceBatches(inputs, targets, 1)[4]
+    with pytest.raises(ValueError, match="extended_context is -1"):
+        OrderedBatches(torch.arange(8), 1, 1, extended_context=-1)

@@ -34,6 +34,7 @@ def test_wikitext2_has_its_published_counts(shared_data: Path) -> None:
         text = path.read_text(encoding="utf-8")
         assert split.text_bytes == len(text.encode())
         assert (split.tokens == 0).sum() == text.count("\n")
+    assert corpus.test_text is not None
     test_words = corpus.test_text.replace("\n", " <eos> ").split()
     assert isinstance(corpus.tokenizer, Vocabulary)
     assert [corpus.tokenizer.words[i] for i in corpus.test.tokens] == test_words
@@ -55,7 +56,7 @@ def test_word_level_corpus_stands_for_the_words_of_its_files(tiny_wikitext_dir: 
         assert corpus.tokenizer.decode(split.tokens.tolist()) == text
         assert split.tokens.dtype == torch.int64
         assert split.text_bytes == len(text.encode()) > len(text)
-        assert split.bytes_per_token == split.text_bytes / len(split.tokens)
+        assert split.bytes_per_token == len(text.encode()) / len(split.tokens)
     assert corpus.test_text == (tiny_wikitext_dir / WIKI["test.txt"]).read_text(encoding="utf-8")
 
 
@@ -92,13 +93,14 @@ def test_text_folder_is_coded_without_loss(tiny_corpus_dir: Path) -> None:
         content = (tiny_corpus_dir / f"{name}.txt").read_bytes()
         assert corpus.tokenizer.decode(split.tokens.tolist()).encode() == content
         assert split.text_bytes == len(content)
-        assert 1 < split.bytes_per_token < 10
-    assert corpus.test_text.encode() == raw
+        assert split.bytes_per_token == len(content) / len(split.tokens) > 1
+    assert corpus.test_text == raw.decode()
 
 
 def test_bits_per_byte_of_a_uniform_guess(tiny_corpus_dir: Path) -> None:
     """With bytes as tokens, log(256) nats per token are the 8 bits of a byte."""
     split = text_folder(tiny_corpus_dir, vocab_size=256).test
+    assert split.bytes_per_token is not None
     assert math.log(256) / math.log(2) / split.bytes_per_token == 8
 
 
@@ -111,10 +113,14 @@ def test_load_corpus_by_name(tiny_corpus_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "wikitext"}, "no corpus 'wikitext'; choose python-docs, wikitext-2, penn-treebank or text"),
+        ({"name": "wikitext"}, "no corpus 'wikitext'; choose python-docs, wikitext-2, penn-treebank, copy-memory or text"),
         ({"name": "wikitext-2"}, "wikitext-2 is read from a folder; name the folder with --data-dir"),
         ({"name": "text"}, "text is read from a folder; name the folder with --data-dir"),
-        ({"name": "python-docs", "data_dir": "."}, r"not from \.; leave the data folder out"),
+        ({"name": "python-docs", "data_dir": "."}, r"installation, not read from \.; leave the data folder out"),
+        ({"name": "copy-memory", "data_dir": "."}, r"generated, not read from \.; leave the data folder out"),
+        ({"name": "copy-memory", "vocab_size": 300}, "ten symbols; leave the vocabulary size out"),
+        ({"name": "copy-memory", "delay": 0}, "no delay of 0; give at least 1"),
+        ({"name": "python-docs", "delay": 5}, "python-docs has no delay"),
         ({"name": "penn-treebank", "data_dir": ".", "vocab_size": 300}, "leave the vocabulary size out"),
     ],
 )

@@ -36,6 +36,7 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
         b'{"kind": "words"}',
         b'{"kind": "words", "words": [1]}',
         b'{"kind": "words", "words": ["a", "a"]}',
+        b'{"kind": "words", "words": ["a"], "end_of_line": 0}',
         b'{"model": {"type": "no such model"}}',
     ],
 )

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,10 +60,29 @@ def test_case_is_kept() -> None:
     assert Vocabulary.build(["The the"]).words == ["<eos>", "The", "the"]
 
 
+def test_case_is_folded_where_that_is_asked_for() -> None:
+    vocabulary = Vocabulary.build(["The the A"], lower_case=True)
+    assert vocabulary.words == ["<eos>", "the", "a"]
+    assert vocabulary.encode("THE a\n") == vocabulary.encode_lines(["The A"]).tolist() == [1, 2, 0]
+
+
+def test_without_ends_of_lines_a_newline_is_white_space() -> None:
+    vocabulary = Vocabulary.build(["a b", "b <eos>"], end_of_line=False)
+    assert vocabulary.words == ["b", "a", "<eos>"]
+    assert vocabulary.encode("a\nb\n") == vocabulary.encode_lines(["a", "b"]).tolist() == [1, 0]
+    assert vocabulary.decode([1, 2, 0]) == "a <eos> b"
+
+
 def test_an_unknown_word_becomes_unk_where_there_is_one() -> None:
     vocabulary = Vocabulary.build(["a <unk> b"])
     assert vocabulary.decode(vocabulary.encode("a new\nb")) == "a <unk>\nb"
-    assert vocabulary.decode(vocabulary.encode_lines(["new"]).tolist()) == "<unk>\n"
+
+
+def test_an_unknown_word_in_the_lines_of_a_corpus_is_an_error_even_where_there_is_unk() -> None:
+    vocabulary = Vocabulary.build(["a <unk> b"])
+    assert vocabulary.encode_lines(["<unk>"]).tolist() == vocabulary.encode("<unk>\n")
+    with pytest.raises(UserError, match="'new' is not among the 4 words"):
+        vocabulary.encode_lines(["a new"])
 
 
 def test_an_unknown_word_is_an_error_where_there_is_no_unk() -> None:
@@ -75,11 +96,19 @@ def test_an_unknown_word_is_an_error_where_there_is_no_unk() -> None:
 @given(st.lists(words | few_words, unique=True))
 def test_a_saved_vocabulary_is_read_back(tmp_path_factory: pytest.TempPathFactory, more: list[str]) -> None:
     folder = tmp_path_factory.mktemp("saved")
-    vocabulary = Vocabulary(["<eos>", *more])
-    vocabulary.save(folder)
-    again = load_tokenizer(folder)
-    assert isinstance(again, Vocabulary)
-    assert again.words == vocabulary.words
+    for options in itertools.product([True, False], repeat=2):
+        vocabulary = Vocabulary(["<eos>", *more], end_of_line=options[0], lower_case=options[1])
+        vocabulary.save(folder)
+        again = load_tokenizer(folder)
+        assert isinstance(again, Vocabulary)
+        assert again.words == vocabulary.words
+        assert (again.end_of_line, again.lower_case) == options
+
+
+def test_a_vocabulary_saved_before_it_had_options_is_read(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"kind": "words", "words": ["<eos>", "a"]}')
+    vocabulary = load_tokenizer(tmp_path)
+    assert vocabulary.encode("a\n") == [1, 0]
 
 
 @pytest.mark.parametrize("i", [-1, 3])
