@@ -1,9 +1,10 @@
-"""Dropout whose mask is drawn once per solve, so that the map still has a fixed point."""
+"""Dropout whose mask is drawn before it is applied: once per solve, so that the map still has a fixed point."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -71,3 +72,44 @@ class FrozenDropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}, shared_dims={self.shared_dims}"
+
+
+class WordDropout(nn.Module):
+    """Lookup in an embedding table of which whole rows are dropped: a dropped word is zero wherever it occurs.
+
+        mask_w ~ Bernoulli(1 - p) / (1 - p),    forward(weight, ids) = mask[ids] * weight[ids]
+
+    One mask of shape (V, 1) is drawn per call, by `self.drop`; nothing is dropped in evaluation mode.
+
+    Args:
+        p: probability that a word is zeroed, 0 <= p < 1.
+        freeze_last_row: give no gradient to the last row of the table, also where nothing is dropped. The TrellisNet
+            code of 2019 does so by accident: it asks for a padding index of -1, which torch takes as the last word.
+
+    Shapes: weight (V, d), ids (...) of integers -> (..., d).
+
+    Raises:
+        ValueError: p is outside [0, 1).
+
+    Sources: Gal & Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", 2016,
+    section 4.2; Merity, Keskar & Socher, "Regularizing and Optimizing LSTM Language Models", 2018, section 4.3.
+
+    >>> import torch
+    >>> table, drop = nn.Embedding(20, 3), WordDropout(0.4)
+    >>> x = drop(table.weight, torch.tensor([[7, 2, 7]]))
+    >>> x.shape, torch.equal(x[0, 0], x[0, 2])
+    (torch.Size([1, 3, 3]), True)
+    """
+
+    def __init__(self, p: float, *, freeze_last_row: bool = False) -> None:
+        super().__init__()
+        self.drop = FrozenDropout(p, shared_dims=(1,))
+        self.freeze_last_row = freeze_last_row
+
+    def forward(self, weight: Tensor, ids: Tensor) -> Tensor:
+        mask = self.drop.mask(weight)  # (V, 1)
+        vectors = F.embedding(ids, weight, padding_idx=-1 if self.freeze_last_row else None)
+        return self.drop(vectors, None if mask is None else mask[ids])
+
+    def extra_repr(self) -> str:
+        return f"freeze_last_row={self.freeze_last_row}"

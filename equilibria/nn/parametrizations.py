@@ -21,7 +21,9 @@ from equilibria.transforms import transformed, without_derivatives
 M = TypeVar("M", bound=nn.Module)
 
 
-def weight_norm(module: M, name: str = "weight", dim: int | None = 0) -> M:
+def weight_norm(
+    module: M, name: str = "weight", dim: int | None = 0, *, direction_drop: float = 0.0, keep_last_tap: bool = False
+) -> M:
     """W = g V / ‖V‖: length g and direction V of each slice of a weight are parameters of their own.
 
     As `torch.nn.utils.parametrizations.weight_norm`, with the same parameters (`parametrizations.weight.original0` is g,
@@ -30,14 +32,20 @@ def weight_norm(module: M, name: str = "weight", dim: int | None = 0) -> M:
 
     A slice of zeros stays zero (g = 0) and takes the direction (1, ..., 1), so that it can learn.
 
+    With `direction_drop`, entries of V are dropped before the norm is taken, W = g (V ∘ M) / ‖V ∘ M‖, with the mask of
+    `weight_drop`: each slice keeps its length g. `weight_drop` after weight norm drops entries of W instead.
+
     Args:
         module: owner of the weight, changed in place.
         name: of a parameter.
         dim: the dimension along which slices are taken, 0 for the rows of a linear map (one per unit); None normalises
             the weight as a whole.
+        direction_drop: probability that an entry of V is zeroed in training mode, 0 <= p < 1. A slice of which nothing
+            is left is zero.
+        keep_last_tap: as of `weight_drop`.
 
     Raises:
-        ValueError: the module has no such tensor, or the tensor no such dimension.
+        ValueError: the module has no such tensor, or the tensor no such dimension; direction_drop is outside [0, 1).
 
     Sources: Salimans & Kingma, "Weight Normalization", 2016, section 2; Bai, Kolter & Koltun, "Deep Equilibrium Models",
     2019, appendix, for its use in equilibrium models.
@@ -49,7 +57,8 @@ def weight_norm(module: M, name: str = "weight", dim: int | None = 0) -> M:
     weight = _tensor(module, name)
     if dim is not None and not -weight.dim() <= dim < weight.dim():
         raise ValueError(f"dim is {dim}, but {name} has shape {tuple(weight.shape)}; give one of its dimensions, or None")
-    return _register(module, name, WeightNorm(weight.dim(), dim))
+    drop = DropConnect(direction_drop, keep_last_tap) if direction_drop else None
+    return _register(module, name, WeightNorm(weight.dim(), dim, drop), unsafe=drop is not None)
 
 
 def spectral_norm(
@@ -100,7 +109,7 @@ def spectral_norm(
     return _register(module, name, SpectralNorm(weight, bound, n_power_iterations, rescale))
 
 
-def weight_drop(module: M, name: str = "weight", p: float = 0.5) -> M:
+def weight_drop(module: M, name: str = "weight", p: float = 0.5, *, keep_last_tap: bool = False) -> M:
     """W ∘ M, with entries of M zero with probability p, else 1 / (1 - p): connections are dropped instead of units.
 
     The mask is drawn when the weight is computed: in training mode once per solve of a `DEQ`, for all samples, and kept
@@ -111,6 +120,8 @@ def weight_drop(module: M, name: str = "weight", p: float = 0.5) -> M:
         module: owner of the weight, changed in place.
         name: of a parameter, for instance "weight_hh" of an nn.GRUCell.
         p: probability that an entry is zeroed, 0 <= p < 1.
+        keep_last_tap: of the weight of a convolution over time, (out, in, taps) with several taps, drop nothing of the
+            last, which looks at the present. Without effect on other weights. So did the TrellisNet code of 2019.
 
     Raises:
         ValueError: p is outside [0, 1), or the module has no such tensor.
@@ -123,19 +134,23 @@ def weight_drop(module: M, name: str = "weight", p: float = 0.5) -> M:
     True
     """
     _tensor(module, name)
-    # Not checked, since that would draw random numbers: an elementwise product keeps shape and dtype.
-    return _register(module, name, DropConnect(p), unsafe=True)
+    return _register(module, name, DropConnect(p, keep_last_tap), unsafe=True)
 
 
 class WeightNorm(nn.Module):
-    """(g, V) -> g V / ‖V‖, for `weight_norm`."""
+    """(g, V) -> g V / ‖V‖, for `weight_norm`; of a V with dropped entries, if `drop` is given."""
 
-    def __init__(self, dims: int, dim: int | None) -> None:
+    def __init__(self, dims: int, dim: int | None, drop: DropConnect | None) -> None:
         super().__init__()
         self.dims = tuple(i for i in range(dims) if dim is None or i != dim % dims)
+        self.drop = drop
 
     def forward(self, g: Tensor, v: Tensor) -> Tensor:
-        return v * (g / self._norm(v))
+        if self.drop is None:
+            return v * (g / self._norm(v))
+        v = self.drop(v)
+        norm = self._norm(v)
+        return v * (g / torch.where(norm == 0, torch.ones_like(norm), norm))  # all of a slice may be dropped
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         norm = self._norm(weight)
@@ -187,14 +202,18 @@ class SpectralNorm(nn.Module):
 
 
 class DropConnect(nn.Module):
-    """W -> W ∘ M, for `weight_drop`."""
+    """W -> W ∘ M, for `weight_drop`. The mask, of the shape of W, is drawn by `drop`."""
 
-    def __init__(self, p: float) -> None:
+    def __init__(self, p: float, keep_last_tap: bool) -> None:
         super().__init__()
         self.drop = FrozenDropout(p)
+        self.keep_last_tap = keep_last_tap
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self.drop(weight, self.drop.mask(weight))
+        mask = self.drop.mask(weight)
+        if mask is not None and self.keep_last_tap and weight.dim() == 3 and weight.shape[-1] > 1:
+            mask = torch.cat([mask[..., :-1], torch.ones_like(mask[..., -1:])], -1)
+        return self.drop(weight, mask)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
@@ -214,6 +233,7 @@ def _matrix(weight: Tensor) -> Tensor:
 
 
 def _register(module: M, name: str, parametrization: nn.Module, *, unsafe: bool = False) -> M:
+    # `unsafe` skips torch's check of shapes and dtypes, which would draw random numbers where entries are dropped.
     register_parametrization(module, name, parametrization, unsafe=unsafe)
     make_picklable(module)
     return module
