@@ -114,9 +114,7 @@ class AdaptiveSoftmax(nn.Module):
         count = len(self.clusters.sizes)
         wanted = [projections] * count if isinstance(projections, bool) else list(projections)
         if len(wanted) != count:
-            raise ValueError(
-                f"projections={projections!r} has {len(wanted)} entries; give one for each of {count} clusters"
-            )
+            raise ValueError(f"projections={projections!r} has {len(wanted)} entries; give one per cluster: {count}")
         if not any(wanted) or not len(self.projections):
             return
         inputs = [] if isinstance(embedding, nn.Embedding) else list(embedding.projections)
@@ -127,8 +125,8 @@ class AdaptiveSoftmax(nn.Module):
             if i >= len(shared) or shared[i].shape != own.shape:
                 found = [tuple(projection.shape) for projection in inputs]
                 raise ValueError(
-                    f"projection {i} of the softmax has shape {tuple(own.shape)}, those of the embedding {found}; give both "
-                    "the same d_embed, d_model, cutoffs and div_val, or do not tie their projections"
+                    f"projection {i} of the softmax has shape {tuple(own.shape)}, those of the embedding {found}; "
+                    "give both the same d_embed, d_model, cutoffs and div_val, or do not tie their projections"
                 )
             self.projections[i] = shared[i]
 
