@@ -123,20 +123,33 @@ def test_repeats_that_are_not_a_number_agree() -> None:
 def test_a_repeat_alone_stands_for_the_first() -> None:
     state = {name: tensor for name, tensor in transformer().items() if not name.startswith("func.")}
     assert translate(state).keys() == translate(transformer()).keys()
+    only_copies = {name: tensor for name, tensor in state.items() if "deq.func" not in name}
+    assert "deq.block.qkv.weight" not in translate(only_copies)
 
 
-def test_normalised_copies_are_left_alone_but_for_their_shape() -> None:
+@pytest.mark.parametrize("leaf", ["weight", "weight_v", "weight_raw", "weight_v_raw"])
+def test_copies_are_as_old_as_the_last_forward_pass(leaf: str) -> None:
+    state = {
+        f"trellisnet.module.func.full_conv.{leaf}": torch.randn(8, 2, 2),
+        "trellisnet.module.func_copy.full_conv.weight": torch.randn(8, 2, 2),
+        "trellisnet.module.deqback.func_copy.full_conv.weight": torch.randn(8, 2, 2),
+    }
+    named = translate(state)
+    (tensor,) = named.values()
+    assert tensor is state[f"trellisnet.module.func.full_conv.{leaf}"]
+    state["trellisnet.module.deqback.func_copy.full_conv.weight"] = torch.randn(8, 3, 2)
+    with pytest.raises(ValueError, match=r"deqback.func_copy.full_conv.weight has shape \(8, 3, 2\), .* \(8, 2, 2\)"):
+        translate(state)
+
+
+def test_weight_norm_has_two_parameters() -> None:
     state = {
         "func.dec_attn.qkv_net.weight_g": torch.ones(6, 1, 1),
         "func.dec_attn.qkv_net.weight_v": torch.randn(6, 2, 1),
-        "func_copy.dec_attn.qkv_net.weight": torch.randn(6, 2, 1),
     }
     named = translate(state)
     assert sorted(named) == [f"deq.block.qkv.parametrizations.weight.original{i}" for i in (0, 1)]
     assert [tensor.shape for tensor in named.values()] == [(6, 1), (6, 2)]
-    state["func_copy.dec_attn.qkv_net.weight"] = torch.randn(5, 2, 1)
-    with pytest.raises(ValueError, match=r"func_copy.dec_attn.qkv_net.weight has shape \(5, 2, 1\)"):
-        translate(state)
 
 
 def test_nothing_unknown_is_left_over() -> None:
