@@ -25,6 +25,7 @@ WRAPS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "weight norm": weight_norm,
     "spectral norm": lambda linear: spectral_norm(linear, bound=0.8),
     "dropped weight norm": lambda linear: weight_drop(weight_norm(linear), p=0.3),
+    "weight norm of a dropped direction": lambda linear: weight_norm(linear, direction_drop=0.3),
     "torch weight norm": torch_parametrizations.weight_norm,
     "torch spectral norm": torch_parametrizations.spectral_norm,
     "torch orthogonal": torch_parametrizations.orthogonal,

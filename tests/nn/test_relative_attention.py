@@ -3,6 +3,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from recorded import TOLERANCES, read, same
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -119,3 +120,11 @@ def test_vmap_over_a_further_dimension():
 
     expected = torch.stack([attention(q) for q in several])
     torch.testing.assert_close(torch.vmap(attention)(several), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_recorded_positions(shared_golden, dtype):
+    _, groups = read(shared_golden / "component_positional_embedding", dtype)
+    for recorded in groups.values():
+        expected = recorded["out" if dtype == F64 else "out_float32"]  # (1, width, N)
+        same(sinusoidal_positions(recorded["pos"], expected.shape[1]).T[None], expected)
