@@ -75,31 +75,36 @@ class AdaptiveSoftmax(nn.Module):
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         check_shapes(hidden, targets, self.clusters.d_model)
         rows, ids = hidden.reshape(-1, self.clusters.d_model), targets.flatten()  # (N, d_model), (N,)
+        words = self._words()
         if not self.clusters.cutoffs:
             check_ids(ids, self.clusters.n_token)
-            return F.cross_entropy(self._logits(rows, 0), ids, reduction="none").view_as(targets)
+            return F.cross_entropy(self._logits(rows, words, 0), ids, reduction="none").view_as(targets)
         order, counts = self.clusters.order(ids)
         _, *members = order.split(counts)
         head_ids, tail_nll = ids.clone(), []
         for i, positions in enumerate(members, start=1):
             head_ids[positions] = self._column(i)
-            logits = self._logits(rows[positions], i)
+            logits = self._logits(rows[positions], words, i)
             tail_nll.append(F.cross_entropy(logits, ids[positions] - self.clusters.edges[i], reduction="none"))
-        head_nll = F.cross_entropy(self._logits(rows, 0), head_ids, reduction="none")
+        head_nll = F.cross_entropy(self._logits(rows, words, 0), head_ids, reduction="none")
         return head_nll.index_add(0, torch.cat(members), torch.cat(tail_nll)).view_as(targets)
 
     def log_prob(self, hidden: Tensor) -> Tensor:
         """log p of every word, (..., d_model) -> (..., n_token), at the cost of the full softmax."""
         check_width(hidden, self.clusters.d_model)
-        head = self._logits(hidden, 0).log_softmax(-1)
+        words = self._words()
+        head = self._logits(hidden, words, 0).log_softmax(-1)
         parts = [head[..., : self.clusters.sizes[0]]]
         for i in range(1, len(self.clusters.sizes)):
             column = self._column(i)
-            parts.append(head[..., column : column + 1] + self._logits(hidden, i).log_softmax(-1))
+            parts.append(head[..., column : column + 1] + self._logits(hidden, words, i).log_softmax(-1))
         return torch.cat(parts, -1)
 
     def tie(self, embedding: AdaptiveEmbedding | nn.Embedding, projections: Sequence[bool] | bool = False) -> None:
         """Let the words have the same vectors as inputs and as outputs: share `embedding`'s tables, as Parameters.
+
+        Copies, moves and `load_state_dict` keep the tie. What makes every parameter anew, such as `to_empty` after the
+        construction on the meta device, or `load_state_dict(assign=True)`, does not: tie again afterwards.
 
         Args:
             embedding: with tables of the same shapes; an `nn.Embedding` if there is but one.
@@ -141,19 +146,20 @@ class AdaptiveSoftmax(nn.Module):
         """The column of the head that stands for cluster i >= 1: the i-th from the end."""
         return self.clusters.sizes[0] + len(self.clusters.cutoffs) - i
 
-    def _logits(self, hidden: Tensor, i: int) -> Tensor:
-        """(..., d_model) -> (..., size_i), of the head with a column for each tail; in float32 at least."""
-        weight, bias = self._words(i)
-        if i == 0 and self.cluster_weight is not None and self.cluster_bias is not None:
-            weight, bias = torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
-        vectors = hidden @ self.projections[i] if len(self.projections) else hidden
-        return at_least_float32(F.linear(vectors, weight, bias))
+    def _words(self) -> list[tuple[Tensor, Tensor]]:
+        """Per cluster the vectors (size_i, d_i) and biases (size_i,); those of the head with the rows of the tails."""
+        weights, biases = list(self.weights), list(self.biases)
+        sizes = list(self.clusters.sizes)
+        if len(weights) < len(sizes):  # one split, since the gradient of each slice alone would be as large as the table
+            weights, biases = list(weights[0].split(sizes)), list(biases[0].split(sizes))
+        if self.cluster_weight is not None and self.cluster_bias is not None:
+            weights[0], biases[0] = torch.cat([weights[0], self.cluster_weight]), torch.cat([biases[0], self.cluster_bias])
+        return list(zip(weights, biases, strict=True))
 
-    def _words(self, i: int) -> tuple[Tensor, Tensor]:
-        if not self.clusters.one_table:
-            return self.weights[i], self.biases[i]
-        words = slice(*self.clusters.edges[i : i + 2])
-        return self.weights[0][words], self.biases[0][words]
+    def _logits(self, hidden: Tensor, words: Sequence[tuple[Tensor, Tensor]], i: int) -> Tensor:
+        """(..., d_model) -> (..., size_i), for the head with a column for each tail; in float32 at least."""
+        vectors = hidden @ self.projections[i] if len(self.projections) else hidden
+        return at_least_float32(F.linear(vectors, *words[i]))
 
     def extra_repr(self) -> str:
         c = self.clusters

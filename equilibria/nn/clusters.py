@@ -55,18 +55,13 @@ class Clusters:
         return tuple(self.d_embed // self.div_val**i for i in range(len(self.cutoffs) + 1))
 
     @property
-    def one_table(self) -> bool:
-        """All clusters have the same width, so that their vectors are stored in one table."""
-        return self.div_val == 1
-
-    @property
     def projected(self) -> bool:
         """Vectors are projected from or to the width of the model, always if clusters differ in width."""
         return self.div_val > 1 or self.d_embed != self.d_model
 
     def tables(self, init_std: float) -> nn.ParameterList:
         """(n_token, d_embed), or one table (size, width) per cluster, drawn from N(0, init_std²)."""
-        if self.one_table:
+        if self.div_val == 1:  # all have one width
             return normal_parameters([(self.n_token, self.d_embed)], init_std)
         return normal_parameters(list(zip(self.sizes, self.widths, strict=True)), init_std)
 

@@ -220,6 +220,17 @@ class TestTies:
         hidden, targets = torch.randn(3, sizes[2]), torch.tensor([0, 6, 19])
         torch.testing.assert_close(other.float().softmax(hidden, targets), model.softmax(hidden, targets), rtol=0, atol=0)
 
+    def test_can_be_tied_again_after_the_meta_device(self) -> None:
+        with torch.device("meta"):
+            model = Model(True, 20, 8, 6, (5, 9), 2)
+        model.to_empty(device="cpu")
+        model.softmax.tie(model.embedding, True)
+        source = Model(True, 20, 8, 6, (5, 9), 2)
+        model.load_state_dict(source.state_dict())
+        hidden, targets = torch.randn(3, 6), torch.tensor([0, 6, 19])
+        assert torch.equal(model.softmax(hidden, targets), source.softmax(hidden, targets))
+        assert len(list(model.parameters())) == len(list(source.parameters()))
+
     def test_gradients_of_both_uses_add_up(self) -> None:
         model = Model(True, 20, 8, 6, (5, 9), 2)
         ids, hidden = torch.tensor([3, 6, 19]), torch.randn(3, 6)
