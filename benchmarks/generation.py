@@ -18,7 +18,7 @@ from harness import interleaved, save
 
 from equilibria import Stopping
 from equilibria.cli.load import load_run
-from equilibria.models import generate, next_token_logits
+from equilibria.models import generate, next_token_log_prob
 from equilibria.recipes.build import build_corpus
 
 PROMPT, NEW, ROUNDS = 128, 48, 3
@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
     exact = run.model().double().eval()
     exact.deq.eval_stopping = Stopping(rtol=1e-10, atol=0.0, max_evals=400)
     text = prompt[:, :96]
-    one_by_one, together = (next_token_logits(exact, text, cache=cache) for cache in (True, False))
+    one_by_one, together = (next_token_log_prob(exact, text, cache=cache) for cache in (True, False))
     difference = float((one_by_one - together).abs().max() / together.abs().max())
     if difference > 1e-7:
         raise SystemExit(f"the logits of both ways differ by {difference:.1e}")

@@ -43,6 +43,8 @@ class DropoutMasks(NamedTuple):
     """(B, 1, d_inner) on the hidden layer of the feed-forward part"""
     output: Tensor | None = None
     """(B, 1, d) on the output of the feed-forward part"""
+    weights: Tensor | None = None
+    """(B, H, L, K) on the attention weights of L positions that look at K"""
 
 
 class Weights(NamedTuple):
@@ -80,9 +82,11 @@ class TransformerBlock(nn.Module):
         n_head: H, number of attention heads, of width d / H.
         d_inner: hidden width of the feed-forward part.
         dropout: probability of dropping a unit, for `draw_masks`.
+        attention_dropout: probability of dropping an attention weight, for `draw_weights_mask`.
         pre_norm: normalise before each part instead of after it.
         weight_norm: W = g V / ‖V‖ row by row, for the weights of all five linear maps.
         init_std: the weights start as N(0, init_std²), the biases of linear maps as 0.
+        init_normed: False leaves weights under weight norm as nn.Linear draws them.
 
     Source: Bai, Kolter & Koltun, "Deep Equilibrium Models", 2019, section 3.3 and appendix B.
 
@@ -102,9 +106,11 @@ class TransformerBlock(nn.Module):
         d_inner: int,
         *,
         dropout: float = 0.0,
+        attention_dropout: float = 0.0,
         pre_norm: bool = False,
         weight_norm: bool = False,
         init_std: float = 0.02,
+        init_normed: bool = True,
     ) -> None:
         super().__init__()
         for name, value in (("d_model", d_model), ("n_head", n_head), ("d_inner", d_inner)):
@@ -125,7 +131,8 @@ class TransformerBlock(nn.Module):
         self.position_bias = nn.Parameter(torch.empty(n_head, self.d_head))  # b_r
         self.time_dropout = FrozenDropout(dropout, shared_dims=(1,))  # (B, 1, width)
         self.position_dropout = FrozenDropout(dropout, shared_dims=(0,))  # (1, d)
-        self._initialise(init_std)
+        self.weights_dropout = FrozenDropout(attention_dropout)  # (B, H, L, K)
+        self._initialise(init_std, weights=init_normed or not weight_norm)
         if weight_norm:  # after the initialisation, which would otherwise write to a derived tensor and be lost
             for linear in self._linears():
                 parametrizations.weight_norm(linear)
@@ -133,8 +140,8 @@ class TransformerBlock(nn.Module):
     def _linears(self) -> tuple[nn.Linear, ...]:
         return (self.qkv, self.position, self.attention_out, self.ff_in, self.ff_out)
 
-    def _initialise(self, std: float) -> None:
-        for linear in self._linears():
+    def _initialise(self, std: float, *, weights: bool) -> None:
+        for linear in self._linears() if weights else ():
             nn.init.normal_(linear.weight, std=std)
         for linear in (self.attention_out, self.ff_in, self.ff_out):
             nn.init.zeros_(linear.bias)
@@ -154,6 +161,10 @@ class TransformerBlock(nn.Module):
             hidden=self.time_dropout.mask(hidden),
             output=self.time_dropout.mask(state),
         )
+
+    def draw_weights_mask(self, like: Tensor, columns: int) -> Tensor | None:
+        """(B, H, L, K) the mask on attention weights for one solve of like (B, L, ...) positions that look at K columns."""
+        return self.weights_dropout.mask(like, (like.shape[0], self.n_head, like.shape[1], columns))
 
     def initial(self, injection: Tensor, *_: Any) -> Tensor:
         """z_0 = 0, (B, L, d)."""
@@ -239,13 +250,22 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:
         """f(z), (B, L, d); the arguments are those that `prepare` returns."""
         drop = self.time_dropout
-        attended = self._attend(self._norm(z) if self.pre_norm else z, injection, past, weights, positions)
+        normed = self._norm(z) if self.pre_norm else z
+        attended = self._attend(normed, injection, past, weights, positions, masks.weights)
         state = self._norm(z + drop(attended, masks.attention))
         hidden = drop(_affine(state, weights.ff_in, weights.ff_in_bias).relu_(), masks.hidden)
         output = state + drop(_affine(hidden, weights.ff_out, weights.ff_out_bias), masks.output)
         return output if self.pre_norm else self._norm(output)
 
-    def _attend(self, z: Tensor, injection: Tensor, past: KeysValues, weights: Weights, positions: Positions) -> Tensor:
+    def _attend(
+        self,
+        z: Tensor,
+        injection: Tensor,
+        past: KeysValues,
+        weights: Weights,
+        positions: Positions,
+        mask: Tensor | None,
+    ) -> Tensor:
         batch, length, _ = z.shape
         qkv = torch.addmm(injection.flatten(0, 1), z.flatten(0, 1), weights.qkv.t())  # (B L, 3d)
         queries, keys, values = self._heads(qkv.unflatten(0, (batch, length)), 3)  # (H, B, L, e)
@@ -257,6 +277,7 @@ class TransformerBlock(nn.Module):
             torch.cat((past.values, values), dim=2),
             positions.projected,
             positions.mask,
+            mask,
         )
         joined = attended.permute(1, 2, 0, 3).reshape(batch, length, self.d_model)
         return _affine(joined, weights.attention_out, weights.attention_out_bias)

@@ -1,29 +1,24 @@
 """Text from a language model at equilibrium, one solve of one position per token.
 
 The map is causal: f at position i reads positions up to i alone. So the equilibrium of earlier positions does not
-change when a token is added, and their keys and values, computed from it once, stay valid. `generate` keeps those of
-the last `window - 1` positions and solves for a state of length 1; the result is that of solving the whole text again,
-to the tolerance of the solves.
-
-An explicit twin keeps keys and values of every layer instead, as any Transformer does.
+change when a token is added. `generate` keeps what the model's `extend` needs of them (for a Transformer keys and values
+of the last `window - 1`, for a TrellisNet the last columns) and solves for a state of length 1; the result is that of
+solving the whole text again, to the tolerance of the solves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from equilibria.models.block import KeysValues
-from equilibria.models.deq_transformer import DEQTransformerLM
-
-Cache = tuple[KeysValues, ...]
-"""Keys and values of the positions so far: one entry at equilibrium, one per layer for an explicit twin."""
+from equilibria.models.language_model import EquilibriumLM
 
 
 def generate(
-    model: DEQTransformerLM,
+    model: EquilibriumLM,
     prompt: Tensor,
     *,
     max_new_tokens: int,
@@ -46,13 +41,12 @@ def generate(
             (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020). Applied after top_k.
         generator: source of random numbers, on the device of the model.
         cache: solve for the new position alone; False solves the whole text again for every token.
-        window: how many positions one position sees, itself included. None: `local_size` of the model; else what its
-            memory and itself make, `mem_len + 1`; else, with neither, all.
+        window: how many positions one position sees, itself included; None for the model's own `window`.
 
     Raises:
         ValueError: a value out of range, or a model in training mode.
 
-    >>> from equilibria.models.deq_transformer import TransformerConfig
+    >>> from equilibria.models.deq_transformer import DEQTransformerLM, TransformerConfig
     >>> model = DEQTransformerLM(TransformerConfig(vocab_size=100, d_model=32)).eval()
     >>> generate(model, torch.tensor([[1, 2, 3]]), max_new_tokens=10, temperature=0.8, top_k=40).shape
     torch.Size([1, 13])
@@ -72,7 +66,7 @@ def generate(
 
 
 def stream(
-    model: DEQTransformerLM,
+    model: EquilibriumLM,
     prompt: Tensor,
     *,
     max_new_tokens: int,
@@ -85,7 +79,7 @@ def stream(
 ) -> Iterator[Tensor]:
     """As `generate`, but yields each new token (B,) as soon as it is known. Wrong arguments raise at once, not later.
 
-    >>> from equilibria.models.deq_transformer import TransformerConfig
+    >>> from equilibria.models.deq_transformer import DEQTransformerLM, TransformerConfig
     >>> model = DEQTransformerLM(TransformerConfig(vocab_size=100, d_model=32)).eval()
     >>> len([int(token) for token in stream(model, torch.tensor([[1, 2, 3]]), max_new_tokens=5)])
     5
@@ -97,10 +91,10 @@ def stream(
 
     def tokens() -> Iterator[Tensor]:
         text = unseen = prompt
-        seen: Cache | None = None
+        seen: Any = None
         for _ in range(max_new_tokens):
             if cache:
-                last, seen = _extend_in_pieces(model, unseen, seen, window)
+                last, seen = _extend(model, unseen, seen, window)
             else:
                 last, _ = _extend(model, text, None, window)
             token = sample(last[:, -1], temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
@@ -111,24 +105,25 @@ def stream(
     return tokens()
 
 
-def next_token_logits(model: DEQTransformerLM, tokens: Tensor, *, cache: bool = False, window: int | None = None) -> Tensor:
-    """(B, T, V): the logits of the token after each of tokens (B, T).
+@torch.no_grad()
+def next_token_log_prob(model: EquilibriumLM, tokens: Tensor, *, cache: bool = False, window: int | None = None) -> Tensor:
+    """(B, T, V): the log-probabilities of the token after each of tokens (B, T).
 
     Args:
         cache: False solves all positions together; True adds one position after the other, as `generate` does. Both
             give the same numbers, to the tolerance of the solves.
         window: as for `generate`.
 
-    >>> from equilibria.models.deq_transformer import TransformerConfig
+    >>> from equilibria.models.deq_transformer import DEQTransformerLM, TransformerConfig
     >>> model = DEQTransformerLM(TransformerConfig(vocab_size=100, d_model=32)).eval()
-    >>> next_token_logits(model, torch.tensor([[1, 2, 3]])).shape
+    >>> next_token_log_prob(model, torch.tensor([[1, 2, 3]])).shape
     torch.Size([1, 3, 100])
     """
     window = _check_input(model, tokens, window)
     if not cache:
-        return _extend(model, tokens, None, window)[0]
+        return model.log_prob(model.extend(tokens, None, window)[0])
     rows: list[Tensor] = []
-    seen: Cache | None = None
+    seen: Any = None
     for token in tokens.split(1, dim=1):
         row, seen = _extend(model, token, seen, window)
         rows.append(row)
@@ -166,42 +161,16 @@ def sample(
 
 
 @torch.no_grad()
-def _extend(model: DEQTransformerLM, tokens: Tensor, seen: Cache | None, window: int | None) -> tuple[Tensor, Cache]:
-    """Logits (B, n, V) of n further tokens (B, n), and the cache with them added."""
-    block, depth = model.block, model.config.depth
-    injection = model.injection(tokens)
-    if depth is None:
-        past = seen[0] if seen else None
-        z, _ = model.deq(injection, past, None, window)
-        return model.logits(z), (_append(past, block.keys_values(z, injection), window),)
-    layers: list[KeysValues] = []
-    z = block.initial(injection)
-    for layer in range(depth):
-        past = seen[layer] if seen else None
-        layers.append(_append(past, block.keys_values(z, injection), window))
-        z = block(z, *block.prepare(injection, past, None, window))
-    return model.logits(z), tuple(layers)
+def _extend(model: EquilibriumLM, tokens: Tensor, cache: Any, window: int | None) -> tuple[Tensor, Any]:
+    """Log-probabilities (B, 1, V) of the token after n further tokens (B, n), and the cache with them added.
 
-
-def _extend_in_pieces(
-    model: DEQTransformerLM, tokens: Tensor, seen: Cache | None, window: int | None
-) -> tuple[Tensor, Cache]:
-    """`_extend`, with scores of at most (window, 2 window) at a time; logits of the last piece only."""
+    At most `window` tokens at a time, which bounds the memory that a long prompt takes.
+    """
     first, *rest = tokens.split(window or tokens.shape[1], dim=1)
-    logits, seen = _extend(model, first, seen, window)
+    z, cache = model.extend(first, cache, window)
     for piece in rest:
-        logits, seen = _extend(model, piece, seen, window)
-    return logits, seen
-
-
-def _append(past: KeysValues | None, new: KeysValues, window: int | None) -> KeysValues:
-    """The columns that the next position still sees: the last window - 1."""
-    if past is not None:
-        new = KeysValues(torch.cat((past.keys, new.keys), dim=2), torch.cat((past.values, new.values), dim=2))
-    if window is None:
-        return new
-    first = max(new.keys.shape[2] - (window - 1), 0)
-    return KeysValues(new.keys[:, :, first:], new.values[:, :, first:])
+        z, cache = model.extend(piece, cache, window)
+    return model.log_prob(z[:, -1:]), cache
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -213,7 +182,7 @@ def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) 
         raise ValueError(f"top_p is {top_p}; give a probability above 0 and at most 1, or None to draw from all tokens")
 
 
-def _check_input(model: DEQTransformerLM, tokens: Tensor, window: int | None) -> int | None:
+def _check_input(model: EquilibriumLM, tokens: Tensor, window: int | None) -> int | None:
     """The window that counts."""
     if model.training:
         raise ValueError("the model is in training mode, with dropout and training tolerances; call model.eval() first")
@@ -226,6 +195,4 @@ def _check_input(model: DEQTransformerLM, tokens: Tensor, window: int | None) ->
         if window < 1:
             raise ValueError(f"window is {window}; a position must at least see itself: give 1 or more")
         return window
-    if model.config.local_size is not None:
-        return model.config.local_size
-    return model.mem_len + 1 if model.mem_len else None
+    return model.window

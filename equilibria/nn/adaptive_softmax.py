@@ -100,7 +100,13 @@ class AdaptiveSoftmax(nn.Module):
             parts.append(head[..., column : column + 1] + self._logits(hidden, words, i).log_softmax(-1))
         return torch.cat(parts, -1)
 
-    def tie(self, embedding: AdaptiveEmbedding | nn.Embedding, projections: Sequence[bool] | bool = False) -> None:
+    def tie(
+        self,
+        embedding: AdaptiveEmbedding | nn.Embedding,
+        projections: Sequence[bool] | bool = False,
+        *,
+        weights: bool = True,
+    ) -> None:
         """Let the words have the same vectors as inputs and as outputs: share `embedding`'s tables, as Parameters.
 
         Copies, moves and `load_state_dict` keep the tie. What makes every parameter anew, such as `to_empty` after the
@@ -108,14 +114,16 @@ class AdaptiveSoftmax(nn.Module):
 
         Args:
             embedding: with tables of the same shapes; an `nn.Embedding` if there is but one.
+            weights: False leaves the tables apart, to share projections alone.
             projections: whether to share the projection too; a sequence says so for each cluster. With div_val 1 there
                 is one projection of inputs, which all clusters chosen share. Of no effect where nothing is projected.
 
         Raises:
             ValueError: the tables or the projections have other shapes, or the sequence another length.
         """
-        tables = [embedding.weight] if isinstance(embedding, nn.Embedding) else list(embedding.tables)
-        share_tables(self.weights, tables)
+        if weights:
+            tables = [embedding.weight] if isinstance(embedding, nn.Embedding) else list(embedding.tables)
+            share_tables(self.weights, tables)
         count = len(self.clusters.sizes)
         wanted = [projections] * count if isinstance(projections, bool) else list(projections)
         if len(wanted) != count:

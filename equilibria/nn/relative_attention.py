@@ -79,9 +79,15 @@ def relative_mask(length: int, memory: int, window: int | None = None, *, like: 
 
 
 def relative_attention(
-    content_query: Tensor, position_query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, mask: Tensor | None
+    content_query: Tensor,
+    position_query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    dropout_mask: Tensor | None = None,
 ) -> Tensor:
-    """softmax(content_query . keys + shift(position_query . positions) + mask) . values
+    """(softmax(content_query . keys + shift(position_query . positions) + mask) * dropout_mask) . values
 
     The heads come first, so that a product over positions, which all samples share, is one matrix product per head.
     Plain matrix products and softmax: differentiable any number of times, in reverse and forward mode, and under vmap.
@@ -93,6 +99,7 @@ def relative_attention(
         values: (H, B, K, e).
         positions: (H, e, K + 1), projected positions of the distances K, K - 1, ..., 0.
         mask: (L, K + 1) of `relative_mask`, or None.
+        dropout_mask: (B, H, L, K) on the attention weights, or None.
 
     Returns:
         (H, B, L, e).
@@ -112,4 +119,7 @@ def relative_attention(
         product = torch.baddbmm(rows.expand(heads, -1, -1), queries, positions)
     shifted = relative_shift(product.reshape(heads * batch, length, columns + 1))  # (H B, L, K)
     scores = torch.baddbmm(shifted, content_query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
-    return torch.bmm(scores.softmax(dim=-1), values.flatten(0, 1)).unflatten(0, (heads, batch))
+    weights = scores.softmax(dim=-1)
+    if dropout_mask is not None:
+        weights = (weights.unflatten(0, (heads, batch)) * dropout_mask.transpose(0, 1)).flatten(0, 1)
+    return torch.bmm(weights, values.flatten(0, 1)).unflatten(0, (heads, batch))

@@ -6,7 +6,7 @@ import dataclasses
 
 from torch import Tensor
 
-from equilibria.models.deq_transformer import LMOutput
+from equilibria.models.language_model import LMOutput
 from equilibria.train.solves import SolveMeter
 
 

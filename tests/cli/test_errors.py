@@ -165,7 +165,7 @@ def test_numbers_that_are_not_finite_exit_with_1(
         calls += self.training
         if calls == 5:
             with torch.no_grad():
-                self.output_bias.fill_(float("nan"))
+                self.softmax.biases[0].fill_(float("nan"))
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(DEQTransformerLM, "forward", poisoned)

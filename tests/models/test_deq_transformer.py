@@ -57,10 +57,10 @@ def test_output_is_the_loss_of_an_equilibrium(options):
     full = make(**options)
     full.mem_len = 9
     z = full(tokens, targets).memory.z
-    u = model.inject(model.embedding.weight[tokens] * D**0.5)
+    u = model.inject(model.embedding.tables[0][tokens] * D**0.5)
     args = model.block.prepare(u, None, None, model.config.local_size)
     torch.testing.assert_close(model.block(z, *args), z, rtol=1e-10, atol=1e-10)
-    log_p = (z @ model.embedding.weight.T + model.output_bias).log_softmax(-1)
+    log_p = (z @ model.embedding.tables[0].T + model.softmax.biases[0]).log_softmax(-1)
     torch.testing.assert_close(nll, -log_p.gather(-1, targets[..., None])[..., 0], rtol=1e-9, atol=1e-9)
     assert torch.equal(memory.z, z[:, 3:])
     torch.testing.assert_close(memory.u, u[:, 3:])
@@ -129,14 +129,17 @@ def test_gradients_flow_from_one_subsequence_into_the_one_before():
     tokens, targets = text(length=8)
     # The last token's loss: what it says about words that stand in the first piece alone.
     tokens = torch.where(torch.arange(8) < 4, tokens % 5, 5 + tokens % 6)
-    (gradient,) = torch.autograd.grad(model(tokens, targets).nll[:, -1].sum(), [model.embedding.weight])
+    (gradient,) = torch.autograd.grad(model(tokens, targets).nll[:, -1].sum(), [model.embedding.tables[0]])
     softmax_part = torch.autograd.grad(
-        F.linear(torch.zeros(1, D).double(), model.embedding.weight, model.output_bias).sum(), [model.embedding.weight]
+        F.linear(torch.zeros(1, D).double(), model.embedding.tables[0], model.softmax.biases[0]).sum(),
+        [model.embedding.tables[0]],
     )[0]
     assert softmax_part.abs().max() == 0
     model.mem_len = 4
     first = model(tokens[:, :4], targets[:, :4])
-    cut = torch.autograd.grad(model(tokens[:, 4:], targets[:, 4:], first.memory).nll[:, -1].sum(), [model.embedding.weight])
+    cut = torch.autograd.grad(
+        model(tokens[:, 4:], targets[:, 4:], first.memory).nll[:, -1].sum(), [model.embedding.tables[0]]
+    )
     assert (gradient - cut[0])[:5].norm() > 1e-3 * gradient.norm()
 
 
@@ -171,7 +174,7 @@ def test_one_dropout_draw_per_forward_pass_shared_over_time(monkeypatch):
     tokens, targets = text()
     first = model(tokens, targets).nll
     assert len(seen) == 3
-    assert all(masks is seen[0] for masks in seen)
+    assert all(masks.hidden is seen[0].hidden and masks.output is seen[0].output for masks in seen)
     assert seen[0].attention.shape == (3, 1, D)
     assert not torch.equal(model(tokens, targets).nll, first)
     model.eval()
@@ -207,3 +210,85 @@ def test_inputs_that_do_not_fit_are_refused():
         model(tokens, targets[:, 1:])
     with pytest.raises(ValueError, match="None at the start of a text"):
         model(tokens[:2], targets[:2], model(tokens, targets).memory)
+
+
+def test_memory_of_another_length_outside_training():
+    model = make(mem_len=2, eval_mem_len=5)
+    tokens, targets = text()
+    assert model(tokens, targets).memory.z.shape == (3, 2, D)
+    assert model.eval()(tokens, targets).memory.z.shape == (3, 5, D)
+    assert model.window == 6
+
+
+WORDS = {"cutoffs": (3, 7), "div_val": 2, "d_embed": 8}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("projections", [None, (True, False, True), (False, False, False)])
+def test_what_embedding_and_softmax_share(tied, projections):
+    model = make(**WORDS, tie_weights=tied, tie_projections=projections)
+    flags = projections or (False, True, True)
+    for i in range(3):
+        assert (model.softmax.weights[i] is model.embedding.tables[i]) == tied
+        assert (model.softmax.projections[i] is model.embedding.projections[i]) == flags[i]
+    tokens, targets = text(length=12)
+    model(tokens, targets).nll.sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+def test_flags_for_another_number_of_clusters():
+    with pytest.raises(ValueError, match="2 entries; give one per cluster: 3"):
+        make(**WORDS, tie_projections=(True, True))
+
+
+def test_adaptive_words_and_log_prob():
+    model = make(**WORDS).eval()
+    tokens, targets = text()
+    nll = model(tokens, targets).nll
+    z = model.extend(tokens, None)[0]
+    log_prob = model.log_prob(z)
+    assert log_prob.shape == (3, 9, V)
+    torch.testing.assert_close(log_prob.gather(-1, targets[..., None])[..., 0], -nll)
+
+
+def test_dropped_attention_weights_are_those_of_one_solve():
+    model = make(attention_dropout=0.5)
+    tokens, targets = text()
+    out = model(tokens, targets)
+    assert out.stats[0].converged.all()  # the mask stayed the same while z moved
+    assert not torch.equal(model(tokens, targets).nll, out.nll)
+    torch.manual_seed(3)
+    found = [gradients(model, tokens, targets)]
+    model = make(attention_dropout=0.5, solver=Picard(), adjoint=Unrolled())
+    torch.manual_seed(3)
+    found.append(gradients(model, tokens, targets))
+    assert_same_gradients(*found)
+    torch.testing.assert_close(model.eval()(tokens, targets).nll, make()(tokens, targets).nll)
+
+
+def test_attention_weights_are_dropped_one_by_one_and_keep_their_mean():
+    block = make(attention_dropout=0.25).block
+    mask = block.draw_weights_mask(torch.zeros(30, 8, 3 * D).double(), 20)
+    assert mask.shape == (30, 2, 8, 20)
+    assert set(mask.unique().tolist()) == {0.0, 1 / 0.75}
+    assert abs(mask.mean().item() - 1) < 0.02
+
+
+@pytest.mark.parametrize(("positions", "shape"), [(False, (3, 1, D)), (True, (3, 9, 1))])
+def test_dropout_of_the_output_drops_units_or_as_released_positions(positions, shape):
+    model = make(dropout=0.5, drop_positions=positions)
+    mask = model.output_dropout.mask(torch.zeros(3, 9, D))
+    assert mask is not None
+    assert mask.shape == shape
+
+
+def test_initialisation_reaches_weights_under_weight_norm_or_as_released_does_not():
+    def spread(**options: Any) -> float:
+        torch.manual_seed(0)
+        config = TransformerConfig(vocab_size=V, d_model=64, d_inner=64, init_std=0.01, **options)
+        return DEQTransformerLM(config).block.ff_in.weight.std().item()
+
+    assert abs(spread() - 0.01) < 1e-3
+    assert abs(spread(weight_norm=True) - 0.01) < 1e-3
+    assert abs(spread(init_normed=False) - 0.01) < 1e-3
+    assert abs(spread(weight_norm=True, init_normed=False) - (1 / 64 / 3) ** 0.5) < 5e-3

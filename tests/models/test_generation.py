@@ -6,7 +6,7 @@ from torch import Tensor
 
 from equilibria import Stopping
 from equilibria.models.deq_transformer import DEQTransformerLM, TransformerConfig
-from equilibria.models.generation import generate, next_token_logits, sample, stream
+from equilibria.models.generation import generate, next_token_log_prob, sample, stream
 
 V = 11
 
@@ -43,8 +43,8 @@ def prompt(length: int = 3, batch: int = 2) -> Tensor:
 )
 def test_one_position_at_a_time_has_the_logits_of_solving_all_again(options, window):
     model, tokens = make(**options), prompt(length=12)  # 12 positions: past the end of most windows
-    together = next_token_logits(model, tokens, window=window)
-    one_by_one = next_token_logits(model, tokens, cache=True, window=window)
+    together = next_token_log_prob(model, tokens, window=window)
+    one_by_one = next_token_log_prob(model, tokens, cache=True, window=window)
     assert together.shape == (2, 12, V)
     torch.testing.assert_close(one_by_one, together, rtol=1e-8, atol=1e-8)
     assert together.std() > 1e-2
@@ -58,7 +58,7 @@ def test_the_window_is_what_a_position_sees():
     changed[:, 0] = (tokens[:, 0] + 1) % V
 
     def difference(model: DEQTransformerLM) -> Tensor:
-        return next_token_logits(model, tokens, window=3) - next_token_logits(model, changed, window=3)
+        return next_token_log_prob(model, tokens, window=3) - next_token_log_prob(model, changed, window=3)
 
     one_layer = difference(make(depth=1)).abs().amax(dim=(0, 2))
     assert (one_layer[:3] > 1e-6).all()
@@ -82,7 +82,7 @@ def test_text_is_the_same_with_and_without_cache(options, sampling):
 def test_greedy_text_follows_the_logits():
     model = make()
     text = generate(model, prompt(), max_new_tokens=6, temperature=0)
-    logits = next_token_logits(model, text)
+    logits = next_token_log_prob(model, text)
     assert torch.equal(text[:, 3:], logits[:, 2:-1].argmax(-1))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from equilibria.data import Split
-from equilibria.models.deq_transformer import LMOutput
+from equilibria.models.language_model import LMOutput
 from equilibria.solution import Stats, Status
 from equilibria.train.evaluate import evaluate
 from equilibria.train.solves import SolveMeter

@@ -286,7 +286,7 @@ def test_not_a_number_says_where_and_what_to_do(make: Make, saved: bool):
     def poisoned() -> None:
         if trainer.state.step == (6 if saved else 1):
             with torch.no_grad():
-                trainer.model.output_bias.fill_(math.nan)
+                trainer.model.softmax.biases[0].fill_(math.nan)
         step()
 
     trainer._step = poisoned  # type: ignore[method-assign]
