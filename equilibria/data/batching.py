@@ -96,7 +96,7 @@ class OrderedBatches:
         return -(-(self.lanes.shape[1] - 1) // self.length)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        start = _index(i, len(self)) * self.length
+        start = position(i, len(self)) * self.length
         end = min(start + self.length, self.lanes.shape[1] - 1)
         return self._segment(start, end)
 
@@ -160,7 +160,7 @@ class SequenceBatches:
         return -(-len(self.inputs) // self.batch_size)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        start = _index(i, len(self)) * self.batch_size
+        start = position(i, len(self)) * self.batch_size
         which: slice | Tensor = slice(start, start + self.batch_size)
         if self.order is not None:
             which = self.order[which]
@@ -187,7 +187,7 @@ def _check_integers(name: str, tokens: Tensor) -> None:
         raise TypeError(f"{name} has dtype {tokens.dtype}; give integers, such as torch.int64")
 
 
-def _index(i: int, count: int) -> int:
+def position(i: int, count: int) -> int:
     i = operator.index(i)
     if not -count <= i < count:
         raise IndexError(f"segment {i} of {count}")

@@ -1,41 +1,59 @@
-"""Texts to train language models on, each split into train, valid and test and turned into tokens."""
+"""The corpora that language models are trained on, by name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from equilibria.data.byte_ids import ALL, Bytes, count_bytes
 from equilibria.data.byte_pair import BytePair
+from equilibria.data.cache import LARGE, cache_folder, numbered_words
 from equilibria.data.copy_memory import DELAY, copy_memory
 from equilibria.data.corpus import Corpus, Split
+from equilibria.data.published import DATA_SETS, DataSet, find_data_set
 from equilibria.data.python_docs import Texts, python_docs_texts
-from equilibria.data.vocabulary import Vocabulary
+from equilibria.data.word_ids import ORIGINAL_STYLES, WordStyle, text_chunks
 from equilibria.solution import UserError
 
 VOCAB_SIZE = 2048
 """Tokens of a byte-pair vocabulary unless told otherwise: about 3 bytes of English per token."""
-
-WIKITEXT2_SOURCE = "they are in https://wikitext.smerity.com/wikitext-2-v1.zip"
-PENN_TREEBANK_SOURCE = "they are in simple-examples/data of http://www.fit.vutbr.cz/~imikolov/rnnlm/simple-examples.tgz"
+CORPORA = ("python-docs", *DATA_SETS, "copy-memory", "text")
+HUNDRED_MILLION = 100_000_000  # bytes of enwik8, and of text8
+TEXT8_ALPHABET = b" abcdefghijklmnopqrstuvwxyz"
 TEXT_SOURCE = "put your own text into it as UTF-8, some 90 %, 5 % and 5 % of it in the three files"
 
 
 def load_corpus(
-    name: str, data_dir: str | Path | None = None, *, vocab_size: int | None = None, delay: int | None = None
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    vocab_size: int | None = None,
+    delay: int | None = None,
+    original_vocabulary: bool = False,
 ) -> Corpus:
-    """The corpus called `name`: 'python-docs', 'wikitext-2', 'penn-treebank', 'copy-memory' or 'text'.
+    """The corpus called `name`, one of `CORPORA`.
 
-    `data_dir` is the folder that holds the files of those that have files; `vocab_size` the number of tokens of the
-    byte-pair vocabulary of 'python-docs' and 'text' (default 2048); `delay` the T of 'copy-memory' (default 400).
-    Raises UserError for a name, a folder or a combination of these that cannot be used.
+    - 'wikitext-103', 'wikitext-2', 'penn-treebank', 'penn-treebank-char', 'enwik8', 'text8': published data sets, read
+      from `data_dir`, or from where `equilibria data get` has put them. See `published_corpus`.
+    - 'python-docs': the documentation that Python carries, as byte pairs. 'text': train.txt, valid.txt and test.txt of
+      `data_dir`, as byte pairs. Their vocabulary has `vocab_size` tokens (default 2048).
+    - 'copy-memory': sequences with a `delay` of T positions (default 400). See `copy_memory`.
+
+    `original_vocabulary` numbers the words of a published data set as the original DEQ code does, which a checkpoint
+    of it needs. Raises UserError for a name, a folder or a combination of these that cannot be used.
 
         load_corpus("python-docs", vocab_size=512)
     """
-    word_level = {"wikitext-2": wikitext2, "penn-treebank": penn_treebank}
-    if name not in ("python-docs", "text", "copy-memory", *word_level):
-        raise UserError(f"there is no corpus {name!r}; choose python-docs, wikitext-2, penn-treebank, copy-memory or text")
+    if name not in CORPORA:
+        raise UserError(f"there is no corpus {name!r}; choose {', '.join(CORPORA[:-1])} or {CORPORA[-1]}")
     if delay is not None and name != "copy-memory":
         raise UserError(f"{name} has no delay, which is an option of copy-memory; leave the delay out (None)")
+    if vocab_size is not None and name not in ("python-docs", "text"):
+        raise UserError(f"the vocabulary of {name} is all its symbols; leave the vocabulary size out (None)")
+    if original_vocabulary and name not in ORIGINAL_STYLES:
+        raise UserError(f"the original code has no vocabulary of {name}; leave the option out (False)")
     if name in ("python-docs", "copy-memory") and data_dir is not None:
         whence = "read from the Python installation" if name == "python-docs" else "generated"
         raise UserError(
@@ -45,40 +63,58 @@ def load_corpus(
     if name == "python-docs":
         return python_docs(VOCAB_SIZE if vocab_size is None else vocab_size)
     if name == "copy-memory":
-        if vocab_size is not None:
-            raise UserError("copy-memory has ten symbols; leave the vocabulary size out (None)")
         return copy_memory(DELAY if delay is None else delay)
+    if name != "text":
+        return published_corpus(name, data_dir, original_vocabulary=original_vocabulary)
     if data_dir is None:
-        raise UserError(f"the corpus {name} is read from a folder; name the folder with --data-dir")
-    if name == "text":
-        return text_folder(data_dir, VOCAB_SIZE if vocab_size is None else vocab_size)
-    if vocab_size is not None:
-        raise UserError(f"{name} is word level, and its vocabulary is all its words; leave the vocabulary size out (None)")
-    return word_level[name](data_dir)
+        raise UserError("the corpus text is read from a folder; name the folder with --data-dir")
+    return text_folder(data_dir, VOCAB_SIZE if vocab_size is None else vocab_size)
 
 
-def wikitext2(data_dir: str | Path) -> Corpus:
-    """WikiText-2, word level (Merity et al., ICLR 2017): 2,088,628 / 217,646 / 245,569 tokens, 33,278 words.
+def published_corpus(name: str, data_dir: str | Path | None = None, *, original_vocabulary: bool = False) -> Corpus:
+    """A published data set, in the splits and the units in which results on it are reported.
 
-    `data_dir` holds wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens, or a folder wikitext-2 with them.
-    Raises UserError if they are not there, are empty or are not UTF-8.
+    | name | tokens of train / valid / test | symbols |
+    | --- | --- | --- |
+    | wikitext-103 | 103,227,021 / 217,646 / 245,569 | 267,735 words |
+    | wikitext-2 | 2,088,628 / 217,646 / 245,569 | 33,278 words |
+    | penn-treebank | 929,589 / 73,760 / 82,430 | 10,000 words |
+    | penn-treebank-char | 5,017,482 / 393,042 / 442,423 | 50 characters; '_' stands between words |
+    | enwik8 | 90,000,000 / 5,000,000 / 5,000,000 | 256 bytes; a byte's id is its value |
+    | text8 | 90,000,000 / 5,000,000 / 5,000,000 | 27: space, a to z |
 
-        wikitext2("data/wikitext-2").train.tokens
+    `data_dir` holds its files, or a folder called `name` with them; None is the cache, which `equilibria data get`
+    fills. Words are counted in the train split, their case is kept, and `<eos>` ends every line. A word that train
+    lacks raises UserError, as do files that are not there, are empty or are not UTF-8. A large text is kept as numbers
+    in the cache (`numbered_words`).
+
+    `original_vocabulary` reads the data set as the original code does (`ORIGINAL_STYLES`): all splits but those of
+    WikiText-103 are counted together, and the Penn Treebank is put in lower case. The bytes of enwik8 and the letters
+    of text8 are numbered by count; the newlines of enwik8, and the spaces at the ends of the splits of text8, are lost.
+    Its files are ours, not the ones prepared for that code.
+
+        published_corpus("wikitext-2", "data/wikitext-2").train.tokens
     """
-    names = ["wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens"]
-    return _word_corpus("wikitext-2", _find(data_dir, "wikitext-2", names, WIKITEXT2_SOURCE))
+    data_set = find_data_set(name)
+    if original_vocabulary and name not in ORIGINAL_STYLES:
+        raise UserError(f"the original code has no vocabulary of {name}; leave the option out (False)")
+    paths = find_files(data_set, data_dir)
+    if name in ("enwik8", "text8"):
+        return _byte_corpus(name, paths[0], original_vocabulary)
+    return word_corpus(name, paths, ORIGINAL_STYLES[name] if original_vocabulary else WordStyle())
 
 
-def penn_treebank(data_dir: str | Path) -> Corpus:
-    """The Penn Treebank, word level, as prepared by Mikolov: 929,589 / 73,760 / 82,430 tokens, 10,000 words.
+def word_corpus(name: str, paths: Sequence[Path], style: WordStyle | None = None, *, large: int = LARGE) -> Corpus:
+    """Three files of words, train first, as a corpus; `style` (default: `WordStyle()`) says what a word is.
 
-    `data_dir` holds ptb.train.txt, ptb.valid.txt and ptb.test.txt, or a folder penn-treebank with them.
-    Raises UserError if they are not there, are empty or are not UTF-8.
+    Texts of `large` bytes and more are kept as numbers in the cache. Raises UserError for a file that is empty or not
+    UTF-8 and for a word that was not counted.
 
-        penn_treebank("data/penn-treebank").train.tokens
+        word_corpus("mine", [Path("a.txt"), Path("b.txt"), Path("c.txt")], WordStyle(lower_case=True)).train.tokens
     """
-    names = ["ptb.train.txt", "ptb.valid.txt", "ptb.test.txt"]
-    return _word_corpus("penn-treebank", _find(data_dir, "penn-treebank", names, PENN_TREEBANK_SOURCE))
+    tokens, vocabulary = numbered_words(paths, WordStyle() if style is None else style, large=large)
+    splits = (Split(ids, path.stat().st_size) for ids, path in zip(tokens, paths, strict=True))
+    return Corpus(name, *splits, tokenizer=vocabulary, test_text="".join(text_chunks(paths[2])))
 
 
 def text_folder(data_dir: str | Path, vocab_size: int = VOCAB_SIZE) -> Corpus:
@@ -89,9 +125,8 @@ def text_folder(data_dir: str | Path, vocab_size: int = VOCAB_SIZE) -> Corpus:
 
         text_folder("my-text", vocab_size=1024).test.bytes_per_token
     """
-    paths = _find(data_dir, None, ["train.txt", "valid.txt", "test.txt"], TEXT_SOURCE)
-    texts = Texts(*("".join(_lines(path)) for path in paths))
-    return _byte_pair_corpus("text", texts, vocab_size)
+    paths = _find([Path(data_dir)], ["train.txt", "valid.txt", "test.txt"], TEXT_SOURCE)
+    return _byte_pair_corpus("text", Texts(*("".join(text_chunks(path)) for path in paths)), vocab_size)
 
 
 def python_docs(vocab_size: int = VOCAB_SIZE) -> Corpus:
@@ -104,6 +139,57 @@ def python_docs(vocab_size: int = VOCAB_SIZE) -> Corpus:
     return _byte_pair_corpus("python-docs", python_docs_texts(), vocab_size)
 
 
+def data_set_folder(name: str) -> Path:
+    """Where `equilibria data get` puts a data set."""
+    return cache_folder() / "data" / name
+
+
+def find_files(data_set: DataSet, data_dir: str | Path | None = None) -> list[Path]:
+    """The files of a data set, train first. Raises UserError if one is missing."""
+    names = [file.name for file in data_set.files]
+    if data_dir is not None:
+        source = f"they are in {data_set.url}, which equilibria data get {data_set.name} fetches"
+        return _find([Path(data_dir), Path(data_dir) / data_set.name], names, source)
+    folder = data_set_folder(data_set.name)
+    if not folder.is_dir():
+        raise UserError(
+            f"{data_set.name} is not in {folder}; fetch it with: equilibria data get {data_set.name}, "
+            f"or name with --data-dir a folder that holds {', '.join(names)}"
+        )
+    return _find([folder], names, f"fetch them with: equilibria data get {data_set.name}")
+
+
+def _byte_corpus(name: str, path: Path, original: bool) -> Corpus:
+    size = path.stat().st_size
+    if size != HUNDRED_MILLION:
+        raise UserError(f"{path} has {size:,} bytes, but {name} has {HUNDRED_MILLION:,}; fetch it again")
+    values = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)  # memory-mapped
+    parts = list(values.split([size - size // 10, size // 20, size // 20]))
+    test_text = parts[2].numpy().tobytes().decode(errors="replace")
+    if not original:
+        tokenizer = Bytes(ALL if name == "enwik8" else TEXT8_ALPHABET)
+        splits = (Split(tokenizer.encode_bytes(part), len(part)) for part in parts)
+        return Corpus(name, *splits, tokenizer=tokenizer, test_text=test_text)
+    if name == "enwik8":
+        names = {value: str(value) for value in range(256) if value != ord("\n")}
+    else:
+        names = {value: chr(value).replace(" ", "_") for value in TEXT8_ALPHABET}
+        parts = [_stripped(part) for part in parts]
+    tokens, vocabulary = count_bytes(parts, names)
+    splits = (Split(ids, len(ids)) for ids in tokens)
+    return Corpus(name, *splits, tokenizer=vocabulary, test_text=test_text)
+
+
+def _stripped(part: torch.Tensor) -> torch.Tensor:
+    """The letters between the spaces that a text begins and ends with."""
+    start, end = 0, len(part)
+    while start < end and part[start] == ord(" "):
+        start += 1
+    while start < end and part[end - 1] == ord(" "):
+        end -= 1
+    return part[start:end]
+
+
 def _byte_pair_corpus(name: str, texts: Texts, vocab_size: int) -> Corpus:
     try:
         tokenizer = BytePair.train(texts.train, vocab_size)
@@ -113,38 +199,15 @@ def _byte_pair_corpus(name: str, texts: Texts, vocab_size: int) -> Corpus:
     return Corpus(name, *splits, tokenizer=tokenizer, test_text=texts.test)
 
 
-def _word_corpus(name: str, paths: list[Path]) -> Corpus:
-    # From the train split alone: for WikiText and the Penn Treebank it has every word of the other two.
-    vocabulary = Vocabulary.build(_lines(paths[0]))
-    splits = (Split(vocabulary.encode_lines(_lines(path)), path.stat().st_size) for path in paths)
-    return Corpus(name, *splits, tokenizer=vocabulary, test_text="".join(_lines(paths[2])))
-
-
-def _find(data_dir: str | Path, subfolder: str | None, names: list[str], source: str) -> list[Path]:
-    """Paths of the files `names` in `data_dir`, or else in its `subfolder`. Raises UserError if one is missing."""
-    folder = Path(data_dir)
+def _find(places: list[Path], names: list[str], source: str) -> list[Path]:
+    """Paths of the files `names` in the first of `places` that has one. Raises UserError if one is missing."""
+    folder = places[0]
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {what}; name a folder that holds {', '.join(names)}: {source}")
-    places = [folder] if subfolder is None else [folder, folder / subfolder]
     place = next((place for place in places if any((place / name).is_file() for name in names)), None)
     looked_in = " or ".join(map(str, places if place is None else [place]))
     missing = [name for name in names if place is None or not (place / name).is_file()]
     if place is None or missing:
         raise UserError(f"there is no {', '.join(missing)} in {looked_in}; name a folder that has all files: {source}")
     return [place / name for name in names]
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines of a file, with their newlines as they are. Raises UserError if it is not UTF-8 or has no text."""
-    empty = True
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                line = raw.decode("utf-8")
-            except UnicodeDecodeError:
-                raise UserError(f"line {number} of {path} is not UTF-8; save the file in that encoding") from None
-            empty = empty and not line.strip()
-            yield line
-    if empty:
-        raise UserError(f"{path} is empty; put text into it")

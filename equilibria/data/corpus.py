@@ -11,6 +11,7 @@ from torch import Tensor
 
 from equilibria.data.batching import Batches, OrderedBatches, SequenceBatches
 from equilibria.data.tokenizer import Tokenizer
+from equilibria.data.variable_length import VariableLengthBatches
 from equilibria.solution import UserError
 
 PIECE = 1 << 20  # tokens that are converted at a time
@@ -39,13 +40,28 @@ class Split:
         """The largest batch size that `batches` can take."""
         return max(1, len(self.tokens) // 2)
 
-    def batches(self, batch_size: int, length: int, device: torch.device | str | None = None, *, seed: int = 0) -> Batches:
+    def batches(
+        self,
+        batch_size: int,
+        length: int,
+        device: torch.device | str | None = None,
+        *,
+        seed: int = 0,
+        variable_length: bool = False,
+        extended_context: int = 0,
+    ) -> Batches:
         """The split as batches of `batch_size` rows of up to `length` tokens, on `device` (None: where the tokens are).
 
         A text is read in order (`OrderedBatches`), whatever the seed. Independent sequences are shuffled by (seed,
-        epoch) in `at_epoch`; they are never cut, so that a `length` below theirs is an error (`SequenceBatches`).
+        epoch) in `at_epoch`; they are never cut, so that a `length` below theirs is an error (`SequenceBatches`), as
+        are the other options. With `variable_length` the segments of a text vary in length about `length`, drawn from
+        (seed, epoch) (`VariableLengthBatches`); with an `extended_context` inputs begin with as many tokens more.
         """
-        return OrderedBatches(self.tokens, batch_size, length, device)
+        if variable_length:
+            return VariableLengthBatches(
+                self.tokens, batch_size, length, device, seed=seed, extended_context=extended_context
+            )
+        return OrderedBatches(self.tokens, batch_size, length, device, extended_context=extended_context)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -65,8 +81,19 @@ class SequenceSplit(Split):
         """The number of sequences."""
         return len(self.tokens)
 
-    def batches(self, batch_size: int, length: int, device: torch.device | str | None = None, *, seed: int = 0) -> Batches:
+    def batches(
+        self,
+        batch_size: int,
+        length: int,
+        device: torch.device | str | None = None,
+        *,
+        seed: int = 0,
+        variable_length: bool = False,
+        extended_context: int = 0,
+    ) -> Batches:
         """See `Split.batches`. Raises UserError if `length` is below the length of the sequences."""
+        if variable_length or extended_context:
+            raise UserError("segments of variable length and extended context are for a text; leave them out here")
         if length < self.tokens.shape[1]:
             raise UserError(
                 f"the sequences have {self.tokens.shape[1]} tokens and are not cut, but the length is {length}; "

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
+from equilibria.data.byte_ids import Bytes
 from equilibria.data.byte_pair import BytePair
 from equilibria.data.vocabulary import Vocabulary
 from equilibria.solution import UserError
@@ -16,7 +17,7 @@ class Tokenizer(Protocol):
     """Maps text to ids in 0 .. size - 1 and back."""
 
     kind: str
-    """'words' or 'byte-pair'."""
+    """'words', 'bytes' or 'byte-pair'."""
 
     @property
     def size(self) -> int:
@@ -52,6 +53,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         document = json.loads(text)
         if isinstance(document, dict) and document.get("kind") == Vocabulary.kind:
             return Vocabulary.from_document(document)
+        if isinstance(document, dict) and document.get("kind") == Bytes.kind:
+            return Bytes.from_document(document)
         return BytePair.from_json(text)
     except ValueError as error:
         raise UserError(f"{path} is not a saved tokenizer ({error}); save the tokenizer again") from None

@@ -75,6 +75,9 @@ def test_sequences_are_not_cut(corpus) -> None:
     assert [len(inputs) for inputs, _ in corpus.test.batches(25, 50)] == [25, 25, 10]
     with pytest.raises(UserError, match="have 50 tokens and are not cut, but the length is 49; give a length of 50"):
         corpus.test.batches(25, 49)
+    for option in ({"variable_length": True}, {"extended_context": 2}):
+        with pytest.raises(UserError, match="are for a text; leave them out"):
+            corpus.test.batches(25, 50, **option)
     orders = [batches.at_epoch(epoch)[0][0] for epoch in (0, 1)]
     assert not torch.equal(*orders)
     assert not torch.equal(orders[0], corpus.test.batches(60, 50, seed=2).at_epoch(0)[0][0])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from equilibria.data import Corpus, Vocabulary, load_corpus, penn_treebank, text_folder, wikitext2
+from equilibria.data import Corpus, Vocabulary, load_corpus, published_corpus, text_folder
 from equilibria.solution import UserError
 
 WIKI = {"train.txt": "wiki.train.tokens", "valid.txt": "wiki.valid.tokens", "test.txt": "wiki.test.tokens"}
@@ -22,12 +22,17 @@ def tiny_wikitext_dir(tiny_corpus_dir: Path) -> Path:
     return tiny_corpus_dir
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EQUILIBRIA_CACHE", str(tmp_path / "cache"))
+
+
 def counts(corpus: Corpus) -> tuple[int, int, int, int]:
     return len(corpus.train.tokens), len(corpus.valid.tokens), len(corpus.test.tokens), corpus.tokenizer.size
 
 
 def test_wikitext2_has_its_published_counts(shared_data: Path) -> None:
-    corpus = wikitext2(shared_data)
+    corpus = published_corpus("wikitext-2", shared_data)
     assert counts(corpus) == (2_088_628, 217_646, 245_569, 33_278)
     for split, name in [(corpus.train, "train"), (corpus.valid, "valid"), (corpus.test, "test")]:
         path = shared_data / "wikitext-2" / f"wiki.{name}.tokens"
@@ -45,11 +50,11 @@ def test_penn_treebank_has_its_published_counts(shared_data: Path) -> None:
     corpus = load_corpus("penn-treebank", shared_data / "penn-treebank")
     assert corpus.name == "penn-treebank"
     assert counts(corpus) == (929_589, 73_760, 82_430, 10_000)
-    assert torch.equal(penn_treebank(shared_data).test.tokens, corpus.test.tokens)
+    assert torch.equal(published_corpus("penn-treebank", shared_data).test.tokens, corpus.test.tokens)
 
 
 def test_word_level_corpus_stands_for_the_words_of_its_files(tiny_wikitext_dir: Path) -> None:
-    corpus = wikitext2(tiny_wikitext_dir)
+    corpus = published_corpus("wikitext-2", tiny_wikitext_dir)
     assert corpus.name == "wikitext-2"
     for split, name in zip([corpus.train, corpus.valid, corpus.test], WIKI.values(), strict=True):
         text = (tiny_wikitext_dir / name).read_text(encoding="utf-8")
@@ -72,16 +77,19 @@ def test_the_vocabulary_counts_the_train_split_alone(tiny_wikitext_dir: Path) ->
 
 def test_the_last_line_of_a_file_needs_no_newline(tiny_wikitext_dir: Path) -> None:
     path = tiny_wikitext_dir / WIKI["test.txt"]
-    before = wikitext2(tiny_wikitext_dir).test.tokens
+    before = published_corpus("wikitext-2", tiny_wikitext_dir).test.tokens
     path.write_text(path.read_text(encoding="utf-8").removesuffix("\n").removesuffix("\n"), encoding="utf-8")
-    after = wikitext2(tiny_wikitext_dir).test.tokens
+    after = published_corpus("wikitext-2", tiny_wikitext_dir).test.tokens
     assert torch.equal(after, before[:-1])  # the empty line is gone, the end of the last sentence is not
 
 
 def test_a_folder_may_be_the_parent(tiny_wikitext_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     shutil.copytree(tiny_wikitext_dir, tmp_path / "data" / "wikitext-2")
-    assert torch.equal(wikitext2(tmp_path / "data").train.tokens, wikitext2(str(tiny_wikitext_dir)).train.tokens)
+    assert torch.equal(
+        published_corpus("wikitext-2", tmp_path / "data").train.tokens,
+        published_corpus("wikitext-2", str(tiny_wikitext_dir)).train.tokens,
+    )
 
 
 def test_text_folder_is_coded_without_loss(tiny_corpus_dir: Path) -> None:
@@ -113,14 +121,19 @@ def test_load_corpus_by_name(tiny_corpus_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "wikitext"}, "no corpus 'wikitext'; choose python-docs, wikitext-2, penn-treebank, copy-memory or text"),
-        ({"name": "wikitext-2"}, "wikitext-2 is read from a folder; name the folder with --data-dir"),
+        ({"name": "wikitext"}, "no corpus 'wikitext'; choose python-docs, wikitext-103, .*, text8, copy-memory or text"),
+        (
+            {"name": "wikitext-2"},
+            "wikitext-2 is not in .*; fetch it with: equilibria data get wikitext-2, or name with --data-dir",
+        ),
         ({"name": "text"}, "text is read from a folder; name the folder with --data-dir"),
         ({"name": "python-docs", "data_dir": "."}, r"installation, not read from \.; leave the data folder out"),
         ({"name": "copy-memory", "data_dir": "."}, r"generated, not read from \.; leave the data folder out"),
-        ({"name": "copy-memory", "vocab_size": 300}, "ten symbols; leave the vocabulary size out"),
+        ({"name": "copy-memory", "vocab_size": 300}, "all its symbols; leave the vocabulary size out"),
         ({"name": "copy-memory", "delay": 0}, "no delay of 0; give at least 1"),
         ({"name": "python-docs", "delay": 5}, "python-docs has no delay"),
+        ({"name": "text", "original_vocabulary": True}, "the original code has no vocabulary of text"),
+        ({"name": "penn-treebank-char", "original_vocabulary": True}, "no vocabulary of penn-treebank-char"),
         ({"name": "penn-treebank", "data_dir": ".", "vocab_size": 300}, "leave the vocabulary size out"),
     ],
 )
@@ -141,12 +154,12 @@ def test_a_folder_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
 
 def test_files_that_are_not_there_are_named_with_where_and_whence(tiny_wikitext_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"wiki\.train.*valid.*test\.tokens in .* or .*wikitext-2; .*https://"):
-        wikitext2(tmp_path)
+        published_corpus("wikitext-2", tmp_path)
     (tiny_wikitext_dir / WIKI["valid.txt"]).unlink()
     with pytest.raises(UserError, match=r"^there is no wiki\.valid\.tokens in [^ ]*tiny-corpus; .*https://"):
-        wikitext2(tiny_wikitext_dir)
+        published_corpus("wikitext-2", tiny_wikitext_dir)
     with pytest.raises(UserError, match=r"ptb\.train\.txt.*penn-treebank; .*simple-examples"):
-        penn_treebank(tmp_path)
+        published_corpus("penn-treebank", tmp_path)
     with pytest.raises(UserError, match=r"train\.txt.*your own text"):
         text_folder(tmp_path)
 
@@ -160,7 +173,7 @@ def test_an_empty_file_is_named(name: str, content: str, tiny_corpus_dir: Path) 
     for file, wiki_name in WIKI.items():
         (tiny_corpus_dir / file).rename(tiny_corpus_dir / wiki_name)
     with pytest.raises(UserError, match=rf"wiki\.{name}\.tokens is empty"):
-        wikitext2(tiny_corpus_dir)
+        published_corpus("wikitext-2", tiny_corpus_dir)
 
 
 def test_a_file_that_is_not_utf8_is_named(tiny_corpus_dir: Path) -> None:
@@ -171,10 +184,40 @@ def test_a_file_that_is_not_utf8_is_named(tiny_corpus_dir: Path) -> None:
 
 def test_a_word_that_train_lacks_is_named(tiny_wikitext_dir: Path) -> None:
     (tiny_wikitext_dir / WIKI["test.txt"]).write_text("The new\n")
-    with pytest.raises(UserError, match="'new' is not among"):
-        wikitext2(tiny_wikitext_dir)
+    with pytest.raises(UserError, match=r"'new' of .*wiki\.test\.tokens is not among the words of the train split"):
+        published_corpus("wikitext-2", tiny_wikitext_dir)
 
 
 def test_too_small_a_vocabulary_is_the_users_error(tiny_corpus_dir: Path) -> None:
     with pytest.raises(UserError, match="vocab_size is 100; it must be at least 256"):
         text_folder(tiny_corpus_dir, 100)
+
+
+def test_a_corpus_in_the_cache_needs_no_folder(tiny_wikitext_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_wikitext_dir, tmp_path / "cache" / "data" / "wikitext-2")
+    assert torch.equal(load_corpus("wikitext-2").test.tokens, load_corpus("wikitext-2", tiny_wikitext_dir).test.tokens)
+    (tmp_path / "cache" / "data" / "wikitext-2" / WIKI["valid.txt"]).unlink()
+    with pytest.raises(UserError, match=r"no wiki\.valid\.tokens in .*: fetch them with: equilibria data get wikitext-2"):
+        load_corpus("wikitext-2")
+
+
+def test_the_original_counts_all_of_the_penn_treebank_in_lower_case(tmp_path: Path) -> None:
+    for name, text in {"train": "the N cat\n", "valid": "a cat N\n", "test": "a dog A\n"}.items():
+        (tmp_path / f"ptb.{name}.txt").write_text(text)
+    corpus = load_corpus("penn-treebank", tmp_path, original_vocabulary=True)
+    assert isinstance(corpus.tokenizer, Vocabulary)
+    assert corpus.tokenizer.words == ["<eos>", "a", "n", "cat", "the", "dog"]
+    assert corpus.test.tokens.tolist() == [1, 5, 1, 0]
+    with pytest.raises(UserError, match=r"'a' of .*ptb\.valid\.txt is not among the words of the train split"):
+        load_corpus("penn-treebank", tmp_path)
+
+
+def test_the_original_vocabulary_of_real_corpora_is_a_reordering(shared_data: Path) -> None:
+    plain = load_corpus("penn-treebank", shared_data)
+    original = load_corpus("penn-treebank", shared_data, original_vocabulary=True)
+    assert isinstance(plain.tokenizer, Vocabulary)
+    assert isinstance(original.tokenizer, Vocabulary)
+    assert plain.tokenizer.words != original.tokenizer.words
+    assert sorted(word.lower() for word in plain.tokenizer.words) == sorted(original.tokenizer.words)
+    lower = [plain.tokenizer.words[i].lower() for i in plain.valid.tokens]
+    assert lower == [original.tokenizer.words[i] for i in original.valid.tokens]

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from equilibria.data import BytePair, Tokenizer, Vocabulary, load_tokenizer
+from equilibria.data import BytePair, Bytes, Tokenizer, Vocabulary, load_tokenizer
 from equilibria.solution import UserError
 
 
 def test_the_kind_tells_which_tokenizer_it_is() -> None:
-    made: list[Tokenizer] = [Vocabulary(["<eos>"]), BytePair.train("text", 256)]
-    assert [tokenizer.kind for tokenizer in made] == ["words", "byte-pair"]
+    made: list[Tokenizer] = [Vocabulary(["<eos>"]), BytePair.train("text", 256), Bytes()]
+    assert [tokenizer.kind for tokenizer in made] == ["words", "byte-pair", "bytes"]
 
 
 def test_the_tokenizer_saved_last_is_the_one_loaded(tmp_path: Path) -> None:
@@ -34,6 +34,10 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
         b"[]",
         b"{}",
         b'{"kind": "words"}',
+        b'{"kind": "bytes"}',
+        b'{"kind": "bytes", "alphabet": [1, 1]}',
+        b'{"kind": "bytes", "alphabet": [256]}',
+        b'{"kind": "bytes", "alphabet": "ab"}',
         b'{"kind": "words", "words": [1]}',
         b'{"kind": "words", "words": ["a", "a"]}',
         b'{"kind": "words", "words": ["a"], "end_of_line": 0}',
