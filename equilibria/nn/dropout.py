@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from equilibria.nn.clusters import check_ids
+
 
 class FrozenDropout(nn.Module):
     """Dropout with a mask that is drawn first and applied later, as often as needed (variational dropout).
@@ -89,7 +91,7 @@ class WordDropout(nn.Module):
     Shapes: weight (V, d), ids (...) of integers -> (..., d).
 
     Raises:
-        ValueError: p is outside [0, 1).
+        ValueError: p is outside [0, 1), or an id outside of the vocabulary.
 
     Sources: Gal & Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks", 2016,
     section 4.2; Merity, Keskar & Socher, "Regularizing and Optimizing LSTM Language Models", 2018, section 4.3.
@@ -107,6 +109,7 @@ class WordDropout(nn.Module):
         self.freeze_last_row = freeze_last_row
 
     def forward(self, weight: Tensor, ids: Tensor) -> Tensor:
+        check_ids(ids, len(weight))
         mask = self.drop.mask(weight)  # (V, 1)
         vectors = F.embedding(ids, weight, padding_idx=-1 if self.freeze_last_row else None)
         return self.drop(vectors, None if mask is None else mask[ids])

@@ -95,3 +95,9 @@ def test_nothing_is_dropped_in_evaluation_or_with_p_zero():
 def test_impossible_probability():
     with pytest.raises(ValueError, match="at least 0 and below 1"):
         WordDropout(1.0)
+
+
+@pytest.mark.parametrize("word", [-1, 9])
+def test_refuses_words_outside_of_the_vocabulary(word):
+    with pytest.raises(ValueError, match="but the vocabulary has 9 words, 0 to 8"):
+        WordDropout(0.5)(torch.randn(9, 4), torch.tensor([[0, word]]))
