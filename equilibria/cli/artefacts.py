@@ -9,8 +9,8 @@ import torch
 
 from equilibria.cli.generate import encode_prompt, generate_ids, text_pieces
 from equilibria.cli.load import LoadedRun, device, load_run
-from equilibria.data import Corpus, OrderedBatches
-from equilibria.models.deq_transformer import DEQTransformerLM
+from equilibria.data import Corpus
+from equilibria.models import DEQTransformerLM
 from equilibria.recipes.build import eval_stopping
 from equilibria.train.checkpoint import load_state
 from equilibria.train.config import MethodName, RunConfig
@@ -26,7 +26,8 @@ def finish(config: RunConfig, corpus: Corpus, folder: RunFolder, stop: StopReque
     summary: dict[str, Any] = {
         "recipe": config.recipe,
         "folder": shown_path(folder.path),
-        "xz_bits_per_byte": xz_bits_per_byte(corpus.test_text),
+        "xz_bits_per_byte": None if corpus.test_text is None else xz_bits_per_byte(corpus.test_text),
+        "sample": corpus.test_text is not None,
     }
     run = load_run(folder.path)
     summary["model"] = _describe(run, corpus)
@@ -35,7 +36,8 @@ def finish(config: RunConfig, corpus: Corpus, folder: RunFolder, stop: StopReque
         summary["twin"] = _describe(load_run(folder.twin.path), corpus)
         stop.check()
     _plot(run, corpus)
-    folder.sample.write_text(_sample(run, corpus), encoding="utf-8")
+    if corpus.test_text is not None:
+        folder.sample.write_text(_sample(run, corpus), encoding="utf-8")
     stop.check()
     summary["seconds"] = sum(_state(part).seconds for part in (folder, folder.twin) if part.has_checkpoint())
     folder.write_summary(summary)
@@ -74,12 +76,12 @@ def _plot(run: LoadedRun, corpus: Corpus) -> None:
 @torch.no_grad()
 def _trace(model: DEQTransformerLM, run: LoadedRun, corpus: Corpus) -> torch.Tensor:
     """(1 + steps, B) residuals on the second segment of the validation split, the first with a memory."""
-    lanes = min(run.config.eval_batch_size, corpus.valid.tokens.numel() // 2)
-    batches = OrderedBatches(corpus.valid.tokens, lanes, run.config.optim.length, device())
+    lanes = min(run.config.eval_batch_size, corpus.valid.max_batch_size)
+    batches = corpus.valid.batches(lanes, run.config.eval_segment, device())
     memory, stats = None, []
     for index in range(min(2, len(batches))):
         output = model(*batches[index], memory)
-        memory, stats = output.memory, output.stats
+        memory, stats = output.memory if batches.carries_memory else None, output.stats
     last = stats[-1]
     assert last.trace is not None
     scale = last.residual / last.relative  # (B,) ‖f(z*)‖

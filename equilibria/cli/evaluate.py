@@ -59,11 +59,12 @@ def evaluate_run(options: EvalOptions) -> Evaluation:
 def show(result: Evaluation) -> str:
     """The lines that `equilibria eval` prints."""
     values = [
-        ("bits per byte", f"{result.bits_per_byte:.4f}"),
         ("perplexity per token", f"{result.perplexity:,.2f}"),
-        ("nats per token", f"{result.nll:.4f}"),
+        ("nats per token", f"{result.nll:.4g}" if result.nll < 1e-3 else f"{result.nll:.4f}"),
         ("tokens", f"{result.tokens:,} in {result.seconds:.1f} s, {result.tokens_per_second:,.0f} a second"),
     ]
+    if result.bits_per_byte is not None:
+        values.insert(0, ("bits per byte", f"{result.bits_per_byte:.4f}"))
     if result.evaluations is not None:
         values += [
             ("evaluations of f per solve", f"{result.evaluations:.1f}"),

@@ -57,7 +57,7 @@ class LoadedRun:
             self.model(),
             getattr(corpus, split),
             batch_size=self.config.eval_batch_size,
-            length=self.config.optim.length,
+            length=self.config.eval_segment,
             device=device(),
         )
 

@@ -16,7 +16,7 @@ from equilibria.train.config import DataConfig, MethodName, RunConfig, SolveConf
 
 def build_corpus(config: DataConfig) -> Corpus:
     """The text, read and cut into tokens."""
-    return load_corpus(config.corpus, config.data_dir, vocab_size=config.vocab_size)
+    return load_corpus(config.corpus, config.data_dir, vocab_size=config.vocab_size, delay=config.delay)
 
 
 def build_solver(config: SolveConfig, method: MethodName | None = None) -> Solver:
@@ -36,12 +36,27 @@ def build_solver(config: SolveConfig, method: MethodName | None = None) -> Solve
             assert_never(name)
 
 
+def build_linear_solver(config: SolveConfig) -> Solver:
+    """The solver of the backward pass of implicit differentiation."""
+    match config.backward_method:
+        case "gmres":
+            return GMRES()
+        case "anderson":
+            return Anderson(history=config.history)
+        case "broyden":
+            return Broyden(history=config.history)
+        case "picard":
+            return Picard()
+        case name:
+            assert_never(name)
+
+
 def build_adjoint(config: SolveConfig) -> Adjoint:
     """How gradients pass the solve."""
     match config.backward:
         case "implicit":
-            stopping = Stopping(rtol=config.backward_rtol, max_evals=config.backward_max_evals)
-            return Implicit(solver=GMRES(), stopping=stopping)
+            stopping = Stopping(rtol=config.backward_rtol, atol=config.backward_atol, max_evals=config.backward_max_evals)
+            return Implicit(solver=build_linear_solver(config), stopping=stopping)
         case "shine":
             return Shine(rtol=config.backward_rtol, refine=config.backward_max_evals - 1)
         case "neumann":
@@ -62,7 +77,7 @@ def eval_stopping(config: SolveConfig) -> Stopping:
     """When a solve outside training is done."""
     return Stopping(
         rtol=config.rtol if config.eval_rtol is None else config.eval_rtol,
-        atol=config.atol,
+        atol=config.atol if config.eval_atol is None else config.eval_atol,
         max_evals=config.max_evals if config.eval_max_evals is None else config.eval_max_evals,
     )
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 
-from equilibria.train.config import CorpusName, DataConfig, ModelConfig, OptimConfig, RunConfig, SampleConfig, SolveConfig
+from equilibria.train.config import (
+    CorpusName,
+    DataConfig,
+    OptimConfig,
+    RunConfig,
+    SampleConfig,
+    SolveConfig,
+    TransformerModel,
+)
 
 
 def quickstart() -> RunConfig:
     """A few minutes on two cores: byte pairs of the documentation that Python carries; no files needed."""
     return RunConfig(
         recipe="quickstart",
-        model=ModelConfig(d_model=96, n_head=4, d_inner=384, mem_len=64, init_std=0.1, inject_std=0.1),
+        model=TransformerModel(d_model=96, n_head=4, d_inner=384, mem_len=64, init_std=0.1, inject_std=0.1),
         solver=SolveConfig(max_evals=12, eval_max_evals=20, backward_max_evals=8, jacobian_weight=0.5),
         data=DataConfig(corpus="python-docs", vocab_size=2048),
         optim=OptimConfig(lr=5e-3, steps=900, warmup_steps=50, batch_size=16, length=64, pretrain_steps=50),
@@ -39,7 +47,7 @@ def _word_level(corpus: CorpusName, steps: int) -> RunConfig:
     on: within 500 steps they spend 16 and end at a relative residual near 0.1. With it they stay at about 10."""
     return RunConfig(
         recipe=corpus,
-        model=ModelConfig(d_model=128, n_head=4, d_inner=512, mem_len=64, dropout=0.1),
+        model=TransformerModel(d_model=128, n_head=4, d_inner=512, mem_len=64, dropout=0.1),
         solver=SolveConfig(max_evals=16, eval_max_evals=30, backward_max_evals=12, jacobian_weight=0.3),
         data=DataConfig(corpus=corpus),
         optim=OptimConfig(

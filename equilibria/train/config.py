@@ -15,97 +15,24 @@ from typing import Annotated, Any, Literal
 
 import cattrs
 import tyro
+from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn
 
-from equilibria.models.deq_transformer import TransformerShape
 from equilibria.solution import UserError
+from equilibria.train.checks import check, check_not_negative, check_positive
+from equilibria.train.model_config import FAMILIES, Model, TransformerModel, family, fixed_fields
+from equilibria.train.optim_config import OptimConfig, OptimizerName, ScheduleName
+from equilibria.train.solve_config import BackwardName, LinearName, MethodName, SolveConfig
 
-CorpusName = Literal["python-docs", "wikitext-2", "penn-treebank", "text"]
-MethodName = Literal["anderson", "broyden", "newton-krylov", "picard", "reversible"]
-BackwardName = Literal["implicit", "shine", "neumann", "phantom", "unrolled", "checkpointed", "reversible"]
+__all__ = [
+    "FIXED_ON_RESUME", "BackwardName", "CorpusName", "DataConfig", "LinearName", "MethodName", "Model", "OptimConfig",
+    "OptimizerName", "RunConfig", "SampleConfig", "ScheduleName", "SolveConfig", "TransformerModel", "changed_fields",
+    "from_json", "load_config", "to_json",
+]  # fmt: skip
 
-
-def _check(condition: bool, option: str, value: object, remedy: str) -> None:
-    if not condition:
-        raise UserError(f"--{option.replace('_', '-')} is {value}; {remedy}")
-
-
-def _check_positive(config: object, *names: str) -> None:
-    """Each named field that is not None must be above zero."""
-    for name in names:
-        value = getattr(config, name)
-        _check(value is None or value > 0, name, value, "give a number above zero")
-
-
-def _check_not_negative(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _check(value is None or value >= 0, name, value, "give zero or more")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(TransformerShape):
-    """Shape of the Transformer; its vocabulary comes from the corpus."""
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "d_model", "n_head", "d_inner", "local_size", "subseq_len", "depth")
-        _check_positive(self, "init_std", "inject_std")
-        _check_not_negative(self, "mem_len")
-        fits = self.d_model % self.n_head == 0 and self.d_model % 2 == 0
-        _check(fits, "d_model", self.d_model, f"give an even multiple of --n-head {self.n_head}")
-        _check(0 <= self.dropout < 1, "dropout", self.dropout, "give a share from 0 up to, not including, 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SolveConfig:
-    """How the fixed point is found, and how gradients pass through it."""
-
-    method: MethodName = "anderson"
-    """Solver of the forward pass."""
-    history: int = 5
-    """Past steps that Anderson or Broyden keeps."""
-    damping: float = 1.0
-    """Length of a step of Picard or Anderson; 1 is the full step. Of the reversible iteration: its β, below 1."""
-    rtol: float = 1e-2
-    """A sample has converged when ‖f(z) - z‖ <= atol + rtol ‖f(z)‖."""
-    atol: float = 1e-6
-    """The absolute part of that test."""
-    max_evals: int = 16
-    """Evaluations of f that one solve may spend in training."""
-    eval_rtol: float | None = None
-    """The relative tolerance outside training; None: as in training."""
-    eval_max_evals: int | None = None
-    """The budget of evaluations outside training; None: as in training."""
-    backward: BackwardName = "implicit"
-    """implicit: solve the linear system of the implicit function theorem; shine: from what Anderson or Broyden learnt;
-    neumann: the first terms of its series; phantom: differentiate a few last steps; unrolled: the whole solve, or
-    checkpointed, in less memory; reversible: walk the reversible method back."""
-    backward_rtol: float = 1e-2
-    """Relative tolerance of the backward solve, for implicit and shine."""
-    backward_max_evals: int = 16
-    """Vector-Jacobian products that one backward solve may spend, for implicit and shine."""
-    phantom_steps: int = 1
-    """Steps that the phantom gradient differentiates, or terms of neumann."""
-    jacobian_weight: float = 0.0
-    """Weight of the Jacobian loss, which keeps solves short as training goes on; 0 for none."""
-    jacobian_share: float = 0.4
-    """Share of the steps, drawn at random, that the Jacobian loss is added to."""
-    jacobian_increment: float = 0.1
-    """Added to the weight every --jacobian-every steps."""
-    jacobian_every: int | None = None
-    """Steps between two increments of the weight; None: it stays."""
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "history", "max_evals", "eval_max_evals", "backward_max_evals", "phantom_steps")
-        _check_positive(self, "rtol", "eval_rtol", "backward_rtol", "jacobian_every")
-        _check_not_negative(self, "atol", "jacobian_weight", "jacobian_increment")
-        _check(0 <= self.jacobian_share <= 1, "jacobian_share", self.jacobian_share, "give a share between 0 and 1")
-        _check(0 < self.damping <= 2, "damping", self.damping, "give a number above 0 and at most 2")
-        if self.method == "reversible":
-            _check(self.damping < 1, "damping", self.damping, "the reversible method needs one below 1, such as 0.5")
-        undone = self.backward != "reversible" or self.method == "reversible"
-        _check(undone, "backward", self.backward, f"give --method reversible as well, for {self.method} cannot be undone")
-        learns = self.backward != "shine" or self.method in ("anderson", "broyden")
-        _check(learns, "backward", self.backward, f"give --method anderson or broyden, for {self.method} learns nothing")
+CorpusName = Literal[
+    "python-docs", "wikitext-103", "wikitext-2", "penn-treebank", "penn-treebank-char", "enwik8", "text8", "copy-memory",
+    "text",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,52 +40,18 @@ class DataConfig:
     """Which text, and how it is cut into tokens."""
 
     corpus: CorpusName = "python-docs"
-    """Where the text comes from; all but python-docs need --data-dir."""
+    """Where the text comes from; all but python-docs and copy-memory need --data-dir."""
     data_dir: Path | None = None
     """Folder that holds the files of the corpus."""
     vocab_size: int | None = None
     """Size of the byte-pair vocabulary (None: 2048); word-level corpora bring their own."""
+    delay: int | None = None
+    """Steps that the copy-memory task has to remember its symbols for (None: 400)."""
 
     def __post_init__(self) -> None:
+        check_positive(self, "delay")
         enough = self.vocab_size is None or self.vocab_size >= 256
-        _check(enough, "vocab_size", self.vocab_size, "a byte-pair vocabulary needs at least the 256 bytes")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW, its schedule, and how much of the text one step sees."""
-
-    lr: float = 1e-3
-    """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """Decay of Adam's two running means."""
-    weight_decay: float = 0.0
-    """Decoupled decay of the matrices; vectors are spared."""
-    warmup_steps: int = 50
-    """Steps over which the learning rate rises linearly from zero."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """After the rise: down to zero along a half cosine by the last step, or constant."""
-    clip: float = 1.0
-    """Largest norm of the gradient; longer ones are scaled down to it."""
-    steps: int = 500
-    """Optimizer steps of the whole run."""
-    batch_size: int = 16
-    """Lanes of text read side by side."""
-    length: int = 64
-    """Tokens of each lane in one segment."""
-    accumulate: int = 1
-    """Consecutive segments whose gradients make up one step."""
-    pretrain_steps: int = 0
-    """First train the explicit stack for this many steps, then the equilibrium."""
-    pretrain_depth: int = 4
-    """Blocks in that stack."""
-    minutes: float | None = None
-    """Stop cleanly when training has taken this long, resumed parts included; the schedule still follows --steps."""
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "lr", "clip", "steps", "batch_size", "length", "accumulate", "pretrain_depth", "minutes")
-        _check_not_negative(self, "weight_decay", "warmup_steps", "pretrain_steps")
-        _check(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "each must be at least 0 and below 1")
+        check(enough, "vocab_size", self.vocab_size, "a byte-pair vocabulary needs at least the 256 bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +68,8 @@ class SampleConfig:
     """Draw from this many likeliest tokens; None: from all."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "sample_tokens", "sample_top_k")
-        _check_not_negative(self, "sample_temperature")
+        check_positive(self, "sample_tokens", "sample_top_k")
+        check_not_negative(self, "sample_temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +78,7 @@ class RunConfig:
 
     recipe: Annotated[str, tyro.conf.Suppress]
     """Name of the recipe the run began with."""
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: Model = field(default_factory=TransformerModel)
     solver: SolveConfig = field(default_factory=SolveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -194,12 +87,16 @@ class RunConfig:
     """Afterwards train the explicit twin, the block stacked, on the same tokens for comparison."""
     twin_depth: int = 8
     """Blocks of the explicit twin."""
-    eval_every: int = 100
-    """Steps between validations; each also writes a checkpoint."""
+    eval_every: int | None = 100
+    """Steps between validations; each also writes a checkpoint. None: one at the end of every epoch."""
     log_every: int = 10
     """Steps between rows of metrics."""
     eval_batch_size: int = 8
     """Lanes in which a split is read for evaluation."""
+    eval_length: int | None = None
+    """Tokens of each lane in one segment of an evaluation; None: as in training."""
+    max_eval_steps: int | None = None
+    """Segments that a validation reads at most; None: the whole split."""
     precision: Literal["no", "bf16"] = "no"
     """bf16: mixed precision."""
     seed: int = 0
@@ -208,7 +105,13 @@ class RunConfig:
     """CPU threads; None: PyTorch's choice."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "twin_depth", "eval_every", "log_every", "eval_batch_size", "threads")
+        check_positive(self, "twin_depth", "eval_every", "log_every", "eval_batch_size", "threads")
+        check_positive(self, "eval_length", "max_eval_steps")
+
+    @property
+    def eval_segment(self) -> int:
+        """Tokens of each lane in one segment of an evaluation."""
+        return self.optim.length if self.eval_length is None else self.eval_length
 
     @property
     def wants_twin(self) -> bool:
@@ -227,10 +130,11 @@ class RunConfig:
 
 # What a resumed run may not change: the tensors in the checkpoint, or the place in the text, depend on it.
 FIXED_ON_RESUME = (
-    *(f"model.{item.name}" for item in dataclasses.fields(ModelConfig) if item.name != "dropout"),
+    "model",
     "recipe",
     "data.corpus",
     "data.vocab_size",
+    "data.delay",
     "optim.batch_size",
     "optim.length",
     "optim.accumulate",
@@ -241,6 +145,27 @@ FIXED_ON_RESUME = (
 _converter = cattrs.Converter(forbid_extra_keys=True)
 _converter.register_unstructure_hook(Path, str)
 _converter.register_structure_hook(Path, lambda value, _: Path(value))
+_write_model = {name: make_dict_unstructure_fn(kind, _converter) for name, kind in FAMILIES.items()}
+_read_model = {
+    name: make_dict_structure_fn(kind, _converter, _cattrs_forbid_extra_keys=True) for name, kind in FAMILIES.items()
+}
+
+
+def _model_to_json(model: Model) -> dict[str, Any]:
+    name = family(model)
+    return {"family": name, **_write_model[name](model)}
+
+
+def _model_from_json(values: Any, _: type) -> Model:
+    values = dict(values)
+    name = values.pop("family", None)
+    if name not in FAMILIES:
+        raise UserError(f"model.family is {name!r}; it must be {' or '.join(FAMILIES)}")
+    return _read_model[name](values, FAMILIES[name])
+
+
+_converter.register_unstructure_hook_func(lambda kind: kind == Model or kind in FAMILIES.values(), _model_to_json)
+_converter.register_structure_hook_func(lambda kind: kind == Model, _model_from_json)
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:
@@ -271,12 +196,20 @@ def _reason(error: BaseException, kind: type | None) -> str:
 
 
 def changed_fields(old: RunConfig, new: RunConfig, names: tuple[str, ...]) -> list[str]:
-    """Descriptions such as "d_model 64 -> 128" of the dotted fields in `names` that differ."""
+    """Descriptions such as "d_model 64 -> 128" of the dotted fields in `names` that differ.
+
+    The name "model" stands for all fields of the model but those that may change (see `fixed_fields`).
+    """
+    dotted = [each for name in names for each in (_model_fields(old) if name == "model" else [name])]
     changes = []
-    for name in names:
+    for name in dotted:
         before, after = old, new
         for part in name.split("."):
             before, after = getattr(before, part), getattr(after, part)
         if before != after:
             changes.append(f"{name.rsplit('.', 1)[-1]} {before} -> {after}")
     return changes
+
+
+def _model_fields(config: RunConfig) -> list[str]:
+    return [f"model.{name}" for name in fixed_fields(config.model)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from equilibria.data import OrderedBatches, Split
+from equilibria.data import Split
 from equilibria.train.solves import SolveMeter
 
 
@@ -23,8 +23,8 @@ class Evaluation:
     """Negative log-likelihood, nats per token."""
     perplexity: float
     """exp(nll), per token."""
-    bits_per_byte: float
-    """nll of the whole split in bits, over the UTF-8 bytes of its text."""
+    bits_per_byte: float | None
+    """nll of the whole split in bits, over the UTF-8 bytes of its text; None where the tokens stand for no text."""
     tokens: int
     """Tokens predicted."""
     seconds: float
@@ -51,26 +51,27 @@ def evaluate(
     length: int,
     device: torch.device | str = "cpu",
     depth: int | None = None,
+    max_steps: int | None = None,
     on_segment: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Read a split in `batch_size` lanes of `length` tokens a segment, with the memory carried all the way.
 
-    The few tokens that do not fill the lanes, and each lane's first, are not predicted; bits per byte count them at
-    the mean of the others. `depth` evaluates the explicit stack of that many blocks. `on_segment` is called after
-    each segment and may raise to stop.
+    Independent sequences are read `batch_size` at a time, each from an empty memory. Every batch counts as much as it has
+    targets. Of a text, the few tokens that do not fill the lanes, and each lane's first, are not predicted; bits per byte
+    count them at the mean of the others. `depth` evaluates the explicit stack of that many blocks; `max_steps` reads the
+    first so many segments alone. `on_segment` is called after each segment and may raise to stop.
     """
-    lanes = max(1, min(batch_size, (split.tokens.numel() - 1) // 2))
-    batches = OrderedBatches(split.tokens, lanes, length, device)
+    batches = split.batches(max(1, min(batch_size, split.max_batch_size)), length, device)
     meter = SolveMeter()
     total, count, memory = 0.0, 0, None
     training = model.training
     model.eval()
     started = time.perf_counter()
     try:
-        for index in range(len(batches)):
+        for index in range(len(batches) if max_steps is None else min(max_steps, len(batches))):
             tokens, targets = batches[index]
             output = model(tokens, targets, memory, depth=depth)
-            memory = output.memory
+            memory = output.memory if batches.carries_memory else None
             total += output.nll.sum().item()
             count += targets.numel()
             for stats in output.stats:
@@ -83,7 +84,7 @@ def evaluate(
     return Evaluation(
         nll=nll,
         perplexity=math.exp(min(nll, 700.0)),  # an untrained or diverged model must not overflow
-        bits_per_byte=nll / math.log(2) * split.tokens.numel() / split.text_bytes,
+        bits_per_byte=split.text_bytes and nll / math.log(2) * split.tokens.numel() / split.text_bytes,
         tokens=count,
         seconds=time.perf_counter() - started,
         **(dataclasses.asdict(means) if means else {}),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 import time
 from typing import Any
@@ -12,8 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from equilibria.data import Corpus, OrderedBatches
-from equilibria.models.block import Memory
+from equilibria.data import Corpus
 from equilibria.regularizers import JacobianSchedule
 from equilibria.solution import NonFiniteError, UserError
 from equilibria.train import checkpoint
@@ -21,23 +19,28 @@ from equilibria.train.config import RunConfig, to_json
 from equilibria.train.evaluate import Evaluation, evaluate
 from equilibria.train.interrupt import Interrupted, StopRequest
 from equilibria.train.memory import PeakMemory
+from equilibria.train.optimizer import make_optimizer
 from equilibria.train.progress import Progress
-from equilibria.train.run_folder import MetricsLog, RunFolder
-from equilibria.train.schedule import make_optimizer, make_schedule
+from equilibria.train.reading import Reader
+from equilibria.train.recorder import Recorder
+from equilibria.train.resume import restore_run, save_run
+from equilibria.train.run_folder import RunFolder
+from equilibria.train.schedule import LearningRate
+from equilibria.train.solves import step_budget
 from equilibria.train.state import TrainState
-from equilibria.train.window import Window
 
 
 class Trainer:
     """Trains a language model on a corpus and keeps a run folder up to date.
 
     `model(tokens, targets, memory, depth=..., jacobian=...)` returns an output with `nll` (B, L), `memory`, `stats` and
-    `jacobian`, as `equilibria.models.DEQTransformerLM` does. `last_step` stops before the schedule ends, so that a twin
-    can be trained for as long as another run was.
+    `jacobian`, as the models of `equilibria.models` do. `last_step` stops before the schedule ends, so that a twin can be
+    trained for as long as another run was.
 
-    The text is read in order, B lanes side by side and L tokens at a time; the memory that one segment leaves is
-    passed to the next, and begins empty at each epoch. A checkpoint is written at every validation, at the end, and
-    when `stop` is requested; a run resumed from it takes the very steps that it would have taken uninterrupted.
+    A text is read in order, B lanes side by side and L tokens at a time; the memory that one segment leaves is passed to
+    the next, and begins empty at each epoch. Independent sequences are read in another order each epoch, without memory.
+    A checkpoint is written at every validation, at the end, and when `stop` is requested; a run resumed from it takes the
+    very steps that it would have taken uninterrupted.
     """
 
     def __init__(
@@ -52,50 +55,39 @@ class Trainer:
         label: str = "train",
     ) -> None:
         self.corpus, self.config, self.folder, self.stop, self.label = corpus, config, folder, stop, label
-        self.last_step = config.optim.steps if last_step is None else last_step
+        optim = config.optim
+        self.last_step = optim.steps if last_step is None else last_step
         self.accelerator = Accelerator(
             mixed_precision=config.precision,
-            gradient_accumulation_steps=config.optim.accumulate,
+            gradient_accumulation_steps=optim.accumulate,
             step_scheduler_with_optimizer=False,
             log_with="tensorboard",
             project_dir=folder.path,
         )
         if self.accelerator.num_processes > 1:
             raise UserError("training runs in one process so far; start it without `accelerate launch` or `torchrun`")
-        optimizer = make_optimizer(model, config.optim)
-        self.plain_optimizer = optimizer
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.batches = OrderedBatches(
-            corpus.train.tokens, config.optim.batch_size, config.optim.length, self.accelerator.device
-        )
-        self.jacobian_weight = JacobianSchedule(
-            weight=config.solver.jacobian_weight,
-            share=config.solver.jacobian_share if config.solver.jacobian_weight else 0.0,
-            increment=config.solver.jacobian_increment,
-            every=config.solver.jacobian_every,
-            seed=config.seed,
-        )
+        self.plain_optimizer = make_optimizer(model, optim)
+        self.model, self.optimizer = self.accelerator.prepare(model, self.plain_optimizer)
         self.state = TrainState()
-        self.memory: Memory | None = None
+        self.rate = LearningRate(self.plain_optimizer, optim)
+        self.jacobian_weight = jacobian_schedule(config)
         self.saved_step: int | None = None
-        self.window = Window()
-        self.metrics: MetricsLog | None = None
-        if folder.has_checkpoint():
-            self._restore()
-        self.schedule = make_schedule(optimizer, config.optim, step=self.state.step)
+        memory = self._restore() if folder.has_checkpoint() else None
+        device = self.accelerator.device
+        self.batches = corpus.train.batches(optim.batch_size, optim.length, device, seed=config.seed)
+        self.reader = Reader(self.batches, self.state)
+        self.reader.memory = memory
+        self.recorder = Recorder(folder, self.accelerator, self.state)
+        self.rate.set(self.state.step)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Train until the last step, the end of the wall-clock budget, or ctrl-C (which raises Interrupted)."""
-        state = self.state
         with contextlib.ExitStack() as stack:  # whatever was opened is closed, wherever ctrl-C strikes
-            stack.callback(setattr, self, "metrics", None)
-            self.metrics = stack.enter_context(contextlib.closing(MetricsLog(self.folder.metrics, step=state.step)))
-            purge = {"purge_step": state.step + 1} if state.step else {}
-            self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge})
-            stack.callback(self.accelerator.end_training)
-            progress = Progress(self.label, steps=self.last_step, done=state.step)
+            stack.callback(self.recorder.close)
+            self.recorder.open()
+            progress = Progress(self.label, steps=self.last_step, done=self.state.step)
             stack.callback(progress.close)
             self.model.train()
             try:
@@ -113,8 +105,8 @@ class Trainer:
         while True:
             done = state.step >= self.last_step or self._out_of_time()
             # A validation that ctrl-C cuts short is not marked as done, so a resumed run begins with it.
-            if state.step > state.validated and (done or state.step % config.eval_every == 0):
-                self._validate(progress, depth=None if done else self._depth())
+            if state.step > state.validated and (done or self._validation_due()):
+                self._validate(progress, depth=None if done else self._eval_depth())
                 self.save()
             if done:
                 return
@@ -122,57 +114,73 @@ class Trainer:
             self._step()
             state.seconds = earlier_seconds + time.perf_counter() - started
             state.peak_memory = max(earlier_peak, peak.read())
-            progress.step(self.window.status())
+            progress.step(self.recorder.window.status())
             if state.step % config.log_every == 0:
-                self._record_window()
+                self.recorder.record_window(self.rate.rate)
 
     def _step(self) -> None:
         """One optimizer step, on `accumulate` consecutive segments."""
         started = time.perf_counter()
-        depth, weight = self._depth(), self.jacobian_weight(self.state.step)
-        for _ in range(self.config.optim.accumulate):
-            tokens, targets = self._next_segment()  # (B, L) each
+        state, config = self.state, self.config
+        depth, weight = self._depth(), self.jacobian_weight(state.step)
+        if config.solver.max_evals_delta:
+            deq: Any = self._plain_model().deq
+            deq.stopping = dataclasses.replace(deq.stopping, max_evals=step_budget(config.solver, config.seed, state.step))
+        for _ in range(config.optim.accumulate):
+            tokens, targets = self.reader.next()  # (B, L) each
             with self.accelerator.accumulate(self.model):
-                output = self.model(tokens, targets, self.memory, depth=depth, jacobian=weight > 0)
-                loss = output.nll.mean()
-                value = _finite(loss, "the loss")
-                if output.jacobian is not None:
-                    loss = loss + weight * output.jacobian
-                self.accelerator.backward(loss)
+                self._backward(tokens, targets, depth, weight)
                 if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
+                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optim.clip)
                     _finite(norm, "the gradient")
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            self.memory = output.memory
-            self.state.tokens += targets.numel()
-            self.window.add(value, targets, output)
-        self.schedule.step()
-        self.state.step += 1
+            state.tokens += targets.numel()
+        state.step += 1
+        self.rate.cuts.epochs_over(self.reader.epochs, config.optim)
+        self.rate.set(state.step)
         seconds = time.perf_counter() - started
-        self.window.seconds += seconds
-        self.state.train_seconds += seconds
+        self.recorder.window.seconds += seconds
+        state.train_seconds += seconds
 
-    def _next_segment(self) -> tuple[Tensor, Tensor]:
-        state = self.state
-        if state.segment == len(self.batches):
-            state.epoch, state.segment, self.memory = state.epoch + 1, 0, None
-        segment = self.batches[state.segment]
-        state.segment += 1
-        return segment
+    def _backward(self, tokens: Tensor, targets: Tensor, depth: int | None, weight: float) -> None:
+        """Add the gradient of the mean loss of a batch, in `batch_chunk` parts, each with its share of the mean."""
+        mean, memories, solves = 0.0, [], []
+        for part in self.reader.parts(tokens, targets, self.config.optim.batch_chunk):
+            output = self.model(part.tokens, part.targets, part.memory, depth=depth, jacobian=weight > 0)
+            loss = part.share * output.nll.mean()
+            mean += _finite(loss, "the loss")
+            if output.jacobian is not None:
+                loss = loss + part.share * weight * output.jacobian
+            self.accelerator.backward(loss)
+            memories.append(output.memory)
+            solves += output.stats
+        self.reader.remember(memories)
+        self.recorder.window.add(mean, targets.numel(), solves)
 
     def _depth(self) -> int | None:
         """Blocks of the explicit stack during the warm-up phase; None afterwards."""
         optim = self.config.optim
         return optim.pretrain_depth if self.state.step < optim.pretrain_steps else None
 
+    def _eval_depth(self) -> int | None:
+        """The same for a validation."""
+        depth, own = self._depth(), self.config.optim.eval_depth
+        return depth if depth is None or own is None else own
+
+    def _validation_due(self) -> bool:
+        every = self.config.eval_every
+        return self.state.segment == len(self.batches) if every is None else self.state.step % every == 0
+
     def _out_of_time(self) -> bool:
         minutes = self.config.optim.minutes
         return minutes is not None and self.state.seconds >= 60 * minutes
 
+    # -- validation ----------------------------------------------------------------------------------------------
+
     def _validate(self, progress: Progress, depth: int | None) -> None:
-        """Evaluate on the validation split and keep the weights if they are the best so far."""
-        self._record_window()
+        """Evaluate on the validation split, let it set the learning rate, and keep the weights if they are the best."""
+        self.recorder.record_window(self.rate.rate)
         state = self.state
         result = self.evaluate("valid", depth=depth)
         state.validated = state.step
@@ -183,18 +191,18 @@ class Trainer:
             "valid/evaluations": result.evaluations,
             "valid/residual": result.residual,
         }
-        self._record(row)
+        self.recorder.record(row)
         _finite(result.nll, "the validation loss")
+        self.rate.cuts.validated(result.nll, state.step, self.config.optim)
+        self.rate.set(state.step)
         warming_up = depth is not None  # a good stack need not be a good equilibrium
         if not warming_up and (state.best_nll is None or result.nll < state.best_nll):
             state.best_nll, state.best_step = result.nll, state.step
             checkpoint.save_checkpoint(
                 self.folder.best, {"step": state.step, "config": to_json(self.config)}, self._plain_model()
             )
-        progress.note(
-            f"step {state.step}/{self.last_step}  validation: {result.bits_per_byte:.3f} bits per byte, "
-            f"perplexity {result.perplexity:.1f}"
-        )
+        coded = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.3f} bits per byte, "
+        progress.note(f"step {state.step}/{self.last_step}  validation: {coded}perplexity {result.perplexity:.1f}")
 
     def evaluate(self, split: str, *, depth: int | None = None) -> Evaluation:
         """Evaluate the present weights on a split of the corpus, by name; `depth` as in `evaluate.evaluate`."""
@@ -203,26 +211,44 @@ class Trainer:
             self.model,
             getattr(self.corpus, split),
             batch_size=config.eval_batch_size,
-            length=config.optim.length,
+            length=config.eval_segment,
             device=self.accelerator.device,
             depth=depth,
+            max_steps=config.max_eval_steps,
             on_segment=self.stop.check,
         )
 
-    # -- what is shown and stored --------------------------------------------------------------------------------
+    # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def _record_window(self) -> None:
-        """Write the row of the steps since the last one."""
-        if self.window.losses:
-            rate = self.schedule.get_last_lr()[0]
-            self._record({**self.window.row(), "train/learning_rate": rate, "train/tokens": self.state.tokens})
-            self.window.clear()
+    def save(self) -> None:
+        """Write the checkpoint of this step, and the metrics up to it."""
+        self.recorder.record_window(self.rate.rate)
+        save_run(
+            self.folder.checkpoint,
+            self.config,
+            self._plain_model(),
+            self.plain_optimizer,
+            state=self.state,
+            cuts=self.rate.cuts,
+            memory=self.reader.memory,
+            fingerprint=self.corpus.fingerprint,
+        )
+        self.saved_step = self.state.step
 
-    def _record(self, row: dict[str, Any]) -> None:
-        row = {key: value for key, value in row.items() if value is not None and math.isfinite(value)}
-        if self.metrics is not None:
-            self.metrics.append({"step": self.state.step, "seconds": round(self.state.seconds, 3), **row})
-            self.accelerator.log(row, step=self.state.step)
+    def _restore(self) -> Any:
+        """Go on where the checkpoint is, and return the memory there."""
+        resumed = restore_run(
+            self.folder.checkpoint,
+            self._plain_model(),
+            self.plain_optimizer,
+            fingerprint=self.corpus.fingerprint,
+            device=self.accelerator.device,
+        )
+        self.state, self.rate.cuts, self.saved_step = resumed.state, resumed.cuts, resumed.state.step
+        return resumed.memory
+
+    def _plain_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
 
     def _explain(self, error: NonFiniteError) -> str:
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".;")  # the rest is for users of the library
@@ -233,46 +259,22 @@ class Trainer:
         )
         return f"step {self.state.step + 1}: {reason}; {kept} --lr, a smaller --clip or a larger --warmup-steps"
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write the checkpoint of this step, and the metrics up to it."""
-        self._record_window()
-        position = checkpoint.random_state()
-        if self.memory is not None:
-            position |= {f"memory/{name}": tensor for name, tensor in self.memory._asdict().items()}
-        state = {
-            **dataclasses.asdict(self.state),
-            "corpus_sha256": _fingerprint(self.corpus.train.tokens),
-            "config": to_json(self.config),
-        }
-        checkpoint.save_checkpoint(self.folder.checkpoint, state, self._plain_model(), self.plain_optimizer, position)
-        self.saved_step = self.state.step
+def jacobian_schedule(config: RunConfig) -> JacobianSchedule:
+    """How much the Jacobian loss counts at each step.
 
-    def _restore(self) -> None:
-        folder = self.folder.checkpoint
-        stored = checkpoint.load_state(folder)
-        try:
-            self.state = TrainState.from_json(stored)
-            fingerprint = stored["corpus_sha256"]
-        except KeyError as error:
-            raise UserError(f"{folder} was written by another version: it lacks {error}; start a new run") from error
-        if fingerprint != _fingerprint(self.corpus.train.tokens):
-            raise UserError(f"the training text is not the one that {folder} was trained on; give the same --data-dir")
-        checkpoint.load_weights(folder, self._plain_model())
-        checkpoint.load_optimizer(folder, self._plain_model(), self.plain_optimizer)
-        position = checkpoint.load_position(folder)
-        checkpoint.set_random_state(position)
-        memory = {
-            name.removeprefix("memory/"): tensor.to(self.accelerator.device)
-            for name, tensor in position.items()
-            if name.startswith("memory/")
-        }
-        self.memory = Memory(**memory) if memory else None
-        self.saved_step = self.state.step
-
-    def _plain_model(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model)
+    The weight grows at the multiples of `jacobian_every`, but not at those within the warm-up of the stack, as in the code
+    released with Bai, Koltun and Kolter 2021.
+    """
+    solver, every = config.solver, config.solver.jacobian_every
+    return JacobianSchedule(
+        weight=solver.jacobian_weight,
+        share=solver.jacobian_share if solver.jacobian_weight else 0.0,
+        increment=solver.jacobian_increment,
+        every=every,
+        start=0 if every is None else config.optim.pretrain_steps // every * every,
+        seed=config.seed,
+    )
 
 
 def _finite(value: Tensor | float | None, what: str) -> float:
@@ -281,7 +283,3 @@ def _finite(value: Tensor | float | None, what: str) -> float:
     if not math.isfinite(number):
         raise NonFiniteError(f"{what} became infinite or NaN")
     return number
-
-
-def _fingerprint(tokens: Tensor) -> str:
-    return hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()

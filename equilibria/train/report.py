@@ -50,8 +50,11 @@ def render(summary: Mapping[str, Any], config: RunConfig) -> str:
     """The final screen: the model beside its twin and xz, where everything is, and what to try next."""
     model, twin = summary["model"], summary.get("twin")
     name = "DEQ" if model["depth"] is None else f"stack of {model['depth']}"
-    heads = [name, *([f"twin, {twin['depth']} blocks"] if twin else []), "xz -9"]
-    columns = [_column(model), *([_column(twin)] if twin else []), {BITS: f"{summary['xz_bits_per_byte']:.3f}"}]
+    heads = [name, *([f"twin, {twin['depth']} blocks"] if twin else [])]
+    columns = [_column(model), *([_column(twin)] if twin else [])]
+    if summary["xz_bits_per_byte"] is not None:
+        heads.append("xz -9")
+        columns.append({BITS: f"{summary['xz_bits_per_byte']:.3f}"})
     width = max(len(label) for label in ROWS) + 2
     lines = [
         f"{summary['recipe']}: {model['steps']:,} steps, {model['tokens']:,} tokens, "
@@ -63,7 +66,8 @@ def render(summary: Mapping[str, Any], config: RunConfig) -> str:
         cells = [column.get(label, "") for column in columns]
         if any(cells):
             lines.append((f"{label:<{width}}" + "".join(f"{cell:>20}" for cell in cells)).rstrip())
-    lines += ["", f"saved in {summary['folder']}: plots, sample.txt, summary.json, metrics.jsonl, TensorBoard events", ""]
+    sample = "sample.txt, " if summary["sample"] else ""
+    lines += ["", f"saved in {summary['folder']}: plots, {sample}summary.json, metrics.jsonl, TensorBoard events", ""]
     lines += ["what to try next", *(f"  {why:<32}{command}" for command, why in _next(summary, config))]
     return "\n".join(lines)
 
@@ -72,6 +76,7 @@ BITS = "test bits per byte"
 ROWS = (
     BITS,
     "test perplexity per token",
+    "test nats per token",
     "evaluations of f per solve, test",
     "  in training, forward + backward",
     "relative residual, test",
@@ -86,12 +91,14 @@ ROWS = (
 def _column(model: Mapping[str, Any]) -> dict[str, str]:
     test = model["test"]
     cells = {
-        BITS: f"{test['bits_per_byte']:.3f}",
         "test perplexity per token": f"{test['perplexity']:,.2f}",
+        "test nats per token": f"{test['nll']:.3g}",
         "parameters": f"{model['parameters']:,}",
         "training time": _time(model["train_seconds"]),
         "peak memory of the process": f"{model['peak_memory_bytes'] / 2**20:,.0f} MiB",
     }
+    if test["bits_per_byte"] is not None:
+        cells[BITS] = f"{test['bits_per_byte']:.3f}"
     if model["tokens_per_second"]:
         cells["training tokens per second"] = f"{model['tokens_per_second']:,.0f}"
     if test["evaluations"] is None:
@@ -112,16 +119,14 @@ def _next(summary: Mapping[str, Any], config: RunConfig) -> list[tuple[str, str]
     anew = f"equilibria train {summary['recipe']}"
     if config.data.data_dir is not None:
         anew += f" --data-dir {shlex.quote(shown_path(config.data.data_dir))}"
-    advice = [
-        (f'equilibria generate {run} --prompt "The " --compare', "write text"),
-        (f"tensorboard --logdir {run}", "watch the curves"),
-    ]
+    advice = [(f'equilibria generate {run} --prompt "The " --compare', "write text")] if summary["sample"] else []
     if model["depth"] is None:
         rtol = config.solver.rtol if config.solver.eval_rtol is None else config.solver.eval_rtol
-        advice.insert(1, (f"equilibria eval {run} --rtol {10 * rtol:g}", "fewer evaluations"))
-        if (model["unconverged"] or 0) > 0.5:
-            more = 2 * config.solver.max_evals
-            advice.append((f"{anew} --max-evals {more}", "most solves spent their budget"))
+        advice.append((f"equilibria eval {run} --rtol {10 * (rtol or 1e-3):g}", "fewer evaluations"))
+    advice.append((f"tensorboard --logdir {run}", "watch the curves"))
+    if model["depth"] is None and (model["unconverged"] or 0) > 0.5:
+        more = 2 * config.solver.max_evals
+        advice.append((f"{anew} --max-evals {more}", "most solves spent their budget"))
     if model["best_step"] == model["steps"]:
         advice.append(
             (

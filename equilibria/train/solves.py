@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from equilibria.solution import Stats
+from equilibria.train.solve_config import SolveConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,3 +53,18 @@ class SolveMeter:
             residual=self._residual / self.samples,
             unconverged=self._unconverged / self.samples,
         )
+
+
+def step_budget(config: SolveConfig, seed: int, step: int) -> int:
+    """Evaluations that a solve of this step may spend: from max_evals - max_evals_delta to max_evals, drawn uniformly.
+
+    It depends on the seed and the step alone, so that a resumed run draws the same. In this way the model learns to be
+    right after few steps as well. Source: the code released with Bai, Koltun and Kolter 2021 (`rand_f_thres_delta`).
+
+    >>> sorted({step_budget(SolveConfig(max_evals=12, max_evals_delta=2), 0, step) for step in range(50)})
+    [10, 11, 12]
+    """
+    if config.max_evals_delta == 0:
+        return config.max_evals
+    draw = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+    return config.max_evals - int(torch.randint(config.max_evals_delta + 1, (), generator=draw))

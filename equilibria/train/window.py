@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
-from torch import Tensor
-
-from equilibria.models.language_model import LMOutput
+from equilibria.solution import Stats
 from equilibria.train.solves import SolveMeter
 
 
@@ -24,11 +23,11 @@ class Window:
         self.forward.reset()
         self.backward.reset()
 
-    def add(self, loss: float, targets: Tensor, output: LMOutput) -> None:
+    def add(self, loss: float, tokens: int, solves: Iterable[Stats]) -> None:
         """One segment, after its backward pass; add its time to `seconds` too."""
         self.losses.append(loss)
-        self.tokens += targets.numel()
-        for stats in output.stats:
+        self.tokens += tokens
+        for stats in solves:
             self.forward(stats)
             for solve in stats.backward:
                 self.backward(solve)

@@ -67,6 +67,6 @@ def test_second_ctrl_c_aborts(text_dir: Path, small: list[str], tmp_path: Path):
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert "Traceback" not in err
     assert err.splitlines()[-1] == "equilibria: aborted"

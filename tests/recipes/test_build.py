@@ -19,9 +19,9 @@ from equilibria.recipes.build import (
 )
 from equilibria.solution import UserError
 from equilibria.solvers import Anderson, Broyden, Picard, ReversiblePicard
-from equilibria.train.config import BackwardName, DataConfig, MethodName, ModelConfig, RunConfig, SolveConfig
+from equilibria.train.config import BackwardName, DataConfig, MethodName, RunConfig, SolveConfig, TransformerModel
 
-TINY = RunConfig(recipe="text", model=ModelConfig(d_model=8, n_head=2, d_inner=8, mem_len=4))
+TINY = RunConfig(recipe="text", model=TransformerModel(d_model=8, n_head=2, d_inner=8, mem_len=4))
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from equilibria.solution import UserError
 from equilibria.train import checkpoint
 from equilibria.train.config import OptimConfig
-from equilibria.train.schedule import make_optimizer
+from equilibria.train.optimizer import make_optimizer
 
 
 class Tied(nn.Module):

@@ -16,15 +16,16 @@ from torch import nn
 from equilibria.data import BytePair, Corpus, Split
 from equilibria.recipes.build import build_model
 from equilibria.solution import NonFiniteError, UserError
-from equilibria.train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, SolveConfig
+from equilibria.train.config import DataConfig, OptimConfig, RunConfig, SolveConfig, TransformerModel
 from equilibria.train.interrupt import Interrupted, StopRequest
 from equilibria.train.loop import Trainer
+from equilibria.train.optimizer import make_optimizer
 from equilibria.train.run_folder import RunFolder, read_metrics
-from equilibria.train.schedule import lr_factor, make_optimizer
+from equilibria.train.schedule import learning_rate
 
 CONFIG = RunConfig(
     recipe="text",
-    model=ModelConfig(d_model=8, n_head=2, d_inner=16, mem_len=6, dropout=0.1),
+    model=TransformerModel(d_model=8, n_head=2, d_inner=16, mem_len=6, dropout=0.1),
     solver=SolveConfig(max_evals=5, backward_max_evals=4),
     data=DataConfig(corpus="text"),
     # 14 steps of 5 tokens in each of 3 lanes pass the end of the 160-token text once
@@ -103,7 +104,7 @@ def test_loss_falls_and_rows_are_complete(make: Make):
     assert [row["step"] for row in train] == list(range(1, 41))
     assert train[0]["train/loss"] == pytest.approx(math.log(256), rel=0.05)
     assert sum(row["train/loss"] for row in train[-5:]) / 5 < 0.6 * train[0]["train/loss"]
-    assert train[2]["train/learning_rate"] == 1e-2 * lr_factor(3, trainer.config.optim)
+    assert train[2]["train/learning_rate"] == learning_rate(3, trainer.config.optim)
     assert train[9]["train/tokens"] == 10 * 3 * 5
     assert trainer.state.peak_memory > 2**20
 
@@ -225,7 +226,7 @@ def test_accumulated_step_is_the_step_on_the_mean_loss(make: Make, corpus: Corpu
     first = reference(*trainer.batches[0])
     second = reference(*trainer.batches[1], first.memory)
     (0.5 * first.nll.mean() + 0.5 * second.nll.mean()).backward()
-    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = config.optim.lr * lr_factor(0, config.optim)
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = learning_rate(0, config.optim)
     optimizer.step()
     trainer._step()
     assert (trainer.state.step, trainer.state.segment) == (1, 2)

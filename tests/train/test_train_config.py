@@ -12,11 +12,11 @@ from equilibria.solution import UserError
 from equilibria.train.config import (
     FIXED_ON_RESUME,
     DataConfig,
-    ModelConfig,
     OptimConfig,
     RunConfig,
     SampleConfig,
     SolveConfig,
+    TransformerModel,
     changed_fields,
     from_json,
     load_config,
@@ -34,7 +34,7 @@ def test_json_gives_the_configuration_back(recipe: str):
 def test_every_value_survives_json():
     config = RunConfig(
         recipe="text",
-        model=ModelConfig(dropout=0.25, pre_norm=True, local_size=7, depth=3),
+        model=TransformerModel(dropout=0.25, pre_norm=True, local_size=7, depth=3),
         solver=SolveConfig(method="broyden", rtol=1e-4, eval_rtol=1e-5, backward="phantom"),
         data=DataConfig(corpus="text", data_dir=Path("some/where"), vocab_size=512),
         optim=OptimConfig(betas=(0.8, 0.95), schedule="constant", minutes=1.5),
@@ -84,11 +84,11 @@ def test_unreadable_json_is_a_user_error(tmp_path: Path):
         (OptimConfig, {"batch_size": -1}),
         (OptimConfig, {"minutes": 0.0}),
         (OptimConfig, {"betas": (0.9, 1.0)}),
-        (ModelConfig, {"d_model": 10, "n_head": 4}),
-        (ModelConfig, {"d_model": 3, "n_head": 3}),
-        (ModelConfig, {"dropout": 1.0}),
-        (ModelConfig, {"depth": 0}),
-        (SolveConfig, {"rtol": 0.0}),
+        (TransformerModel, {"d_model": 10, "n_head": 4}),
+        (TransformerModel, {"d_model": 3, "n_head": 3}),
+        (TransformerModel, {"dropout": 1.0}),
+        (TransformerModel, {"depth": 0}),
+        (SolveConfig, {"rtol": 0.0, "atol": 0.0}),
         (SolveConfig, {"damping": 0.0}),
         (SolveConfig, {"max_evals": 0}),
         (DataConfig, {"vocab_size": 255}),
@@ -103,7 +103,7 @@ def test_values_out_of_range_name_the_option(kind: type, values: dict[str, Any])
 
 
 def test_option_names_are_unique_across_groups():
-    groups = (RunConfig, ModelConfig, SolveConfig, DataConfig, OptimConfig, SampleConfig)
+    groups = (RunConfig, TransformerModel, SolveConfig, DataConfig, OptimConfig, SampleConfig)
     names = [item.name for group in groups for item in dataclasses.fields(group)]
     assert len(names) == len(set(names))
 

@@ -1,0 +1,74 @@
+"""Reading the training split: batch after batch, epoch after epoch, with the memory that the model carries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from equilibria.data import Batches
+from equilibria.train.state import TrainState
+
+
+class Part(NamedTuple):
+    """Some of the rows of a batch."""
+
+    tokens: Tensor
+    """(b, L)"""
+    targets: Tensor
+    """(b, L)"""
+    memory: Any
+    """What the batch before left for these rows; None at the start of a text."""
+    share: float
+    """Of the targets of the batch."""
+
+
+class Reader:
+    """The place in the training split, which `state` holds, and the memory there.
+
+    Batches that carry no memory, those of independent sequences, are read with None each time; so is the first batch of
+    an epoch. A memory is a NamedTuple of batch-first tensors, whatever its class.
+    """
+
+    def __init__(self, batches: Batches, state: TrainState) -> None:
+        self.state, self.memory = state, None
+        self._all = batches
+        self._epoch: tuple[int, Batches] | None = None
+
+    @property
+    def epochs(self) -> int:
+        """Whole readings of the split so far."""
+        return self.state.epoch + (self.state.segment == len(self._all))
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (B, L) of the next batch; `memory` is then what to read them with."""
+        state = self.state
+        if state.segment == len(self._all):
+            state.epoch, state.segment, self.memory = state.epoch + 1, 0, None
+        if self._epoch is None or self._epoch[0] != state.epoch:
+            self._epoch = state.epoch, self._all.at_epoch(state.epoch)
+        batch = self._epoch[1][state.segment]
+        state.segment += 1
+        return batch
+
+    def parts(self, tokens: Tensor, targets: Tensor, count: int) -> Iterator[Part]:
+        """The rows of the batch in at most `count` parts of nearly equal size, each with the memory of its rows."""
+        rows = len(tokens)
+        sizes = [len(part) for part in tokens.chunk(count)]
+        start = 0
+        for size in sizes:
+            chosen = slice(start, start + size)
+            memory = None if self.memory is None else type(self.memory)(*(each[chosen] for each in self.memory))
+            yield Part(tokens[chosen], targets[chosen], memory, size / rows)
+            start += size
+
+    def remember(self, memories: Sequence[Any]) -> None:
+        """Keep what the parts of a batch left."""
+        if not self._all.carries_memory or any(memory is None for memory in memories):
+            self.memory = None
+        elif len(memories) == 1:
+            self.memory = memories[0]
+        else:
+            self.memory = type(memories[0])(*(torch.cat(each) for each in zip(*memories, strict=True)))
