@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from equilibria.models.causal_convolution import CausalConvolution, convolve
 from equilibria.nn.dropout import FrozenDropout
-from equilibria.nn.parametrizations import weight_norm as normalised
+
+
+class TrellisMasks(NamedTuple):
+    """One draw for a whole forward pass; None where nothing is dropped."""
+
+    hidden: Tensor | None = None
+    """(B, 1, H) on what the convolution reads"""
+    weight: Tensor | None = None
+    """(4H, H, k) on its weight. Under weight norm it is dropped where it is normalised, not here."""
 
 
 class TrellisBlock(nn.Module):
@@ -28,7 +36,8 @@ class TrellisBlock(nn.Module):
         d_hidden, d_output: their sum is H.
         kernel_size: k, taps of the convolution; 1 leaves the cell as the only way from one position to the next.
         dilation: positions from one tap to the next.
-        dropout: probability of dropping a unit of what the convolution reads, for `draw_masks`. The cell is not dropped.
+        dropout: probability of dropping a unit of what the convolution reads, at all positions. The cell is not dropped.
+        weight_dropout: probability of dropping a weight of the convolution, except of its last tap.
         weight_norm: W = g V / ‖V‖ for each of the 4H outputs.
         init_std: W starts as N(0, init_std²), b as 0.
 
@@ -55,6 +64,7 @@ class TrellisBlock(nn.Module):
         dilation: int = 1,
         *,
         dropout: float = 0.0,
+        weight_dropout: float = 0.0,
         weight_norm: bool = False,
         init_std: float = 0.01,
     ) -> None:
@@ -64,30 +74,24 @@ class TrellisBlock(nn.Module):
             if value < 1:
                 raise ValueError(f"{name} is {value}; give 1 or more")
         self.d_state = d_hidden + d_output  # H
-        self.d_output, self.kernel_size, self.dilation = d_output, kernel_size, dilation
-        self.conv = nn.Conv1d(self.d_state, 4 * self.d_state, kernel_size, dilation=dilation)  # holds W (4H, H, k) and b
+        self.d_output = d_output
+        self.conv = CausalConvolution(
+            self.d_state,
+            4 * self.d_state,
+            kernel_size,
+            dilation,
+            weight_dropout=weight_dropout,
+            weight_norm=weight_norm,
+            init_std=init_std,
+        )
         self.dropout = FrozenDropout(dropout, shared_dims=(1,))  # (B, 1, H)
-        nn.init.normal_(self.conv.weight, std=init_std)
-        nn.init.zeros_(self.bias)
-        if weight_norm:  # after the initialisation, which would otherwise write to a derived tensor and be lost
-            normalised(self.conv)
-
-    @property
-    def bias(self) -> Tensor:
-        """b, (4H,)."""
-        assert self.conv.bias is not None
-        return self.conv.bias
-
-    @property
-    def reach(self) -> int:
-        """(k - 1) dilation, how many positions back the convolution sees."""
-        return (self.kernel_size - 1) * self.dilation
 
     # Before a solve
 
-    def draw_masks(self, like: Tensor) -> Tensor | None:
-        """The mask (B, 1, H) of one forward pass, with the dtype and device of `like` (B, ...); None to drop nothing."""
-        return self.dropout.mask(like.new_empty(()).expand(like.shape[0], 1, self.d_state))
+    def draw_masks(self, like: Tensor) -> TrellisMasks:
+        """The masks of one forward pass, with the dtype and device of `like` (B, ...)."""
+        hidden = like.new_empty(()).expand(like.shape[0], 1, self.d_state)
+        return TrellisMasks(self.dropout.mask(hidden), self.conv.draw_mask())
 
     def initial(self, injection: Tensor, *_: Any) -> Tensor:
         """z_0 = 0, (B, L, 2H)."""
@@ -95,23 +99,24 @@ class TrellisBlock(nn.Module):
         return injection.new_zeros(batch, length, 2 * self.d_state)
 
     def prepare(
-        self, injection: Tensor, past: Tensor | None = None, mask: Tensor | None = None
+        self, injection: Tensor, past: Tensor | None = None, masks: TrellisMasks | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """The arguments of `forward`: all that stays the same while z moves.
 
         Args:
             injection: (B, L, 4H), u.
             past: (B, P, 2H), P >= 1, states of the positions before the first; None for one of zeros.
-            mask: of `draw_masks`; None to drop nothing.
+            masks: of `draw_masks`; None to drop nothing.
         """
+        masks = masks or TrellisMasks()
         if past is None:
             past = injection.new_zeros(injection.shape[0], 1, 2 * self.d_state)
         hidden, cell = past.split(self.d_state, dim=2)
-        missing = self.reach - hidden.shape[1]
+        missing = self.conv.reach - hidden.shape[1]
         if missing > 0:
             hidden = torch.cat((hidden[:, :1].expand(-1, missing, -1), hidden), dim=1)
-        before = self.dropout(hidden[:, hidden.shape[1] - self.reach :], mask)
-        return injection + self.bias, before, cell[:, -1:], taps(self.conv.weight), mask
+        before = self.dropout(hidden[:, hidden.shape[1] - self.conv.reach :], masks.hidden)
+        return injection + self.conv.bias, before, cell[:, -1:], self.conv.taps(masks.weight), masks.hidden
 
     # During a solve
 
@@ -121,31 +126,7 @@ class TrellisBlock(nn.Module):
         """f(z), (B, L, 2H); the arguments are those that `prepare` returns."""
         hidden, cell = z.split(self.d_state, dim=2)
         columns = torch.cat((before, self.dropout(hidden, mask)), dim=1)  # (B, reach + L, H)
-        i, o, g, f = (convolve(columns, weight, self.dilation) + injection).chunk(4, dim=2)
+        i, o, g, f = (convolve(columns, weight, self.conv.dilation[0]) + injection).chunk(4, dim=2)
         shifted = torch.cat((cell_before, cell[:, :-1]), dim=1)
         cell = f.sigmoid() * shifted + i.sigmoid() * g.tanh()
         return torch.cat((o.sigmoid() * cell.tanh(), cell), dim=2)
-
-
-def taps(weight: Tensor) -> Tensor:
-    """The weight (out, in, k) of a convolution over time as `convolve` takes it, in the form that is fastest there.
-
-    Measured on a CPU, for states of width 128 to 1400 and 1024 positions: in float32 oneDNN's convolution of channels-last
-    tensors takes 0.65 to 1 times as long as one matrix product with the taps side by side, and nn.Conv1d, which wants the
-    channels before time, up to 1.7 times. In float64 the product is faster, and on GPUs it is exact to float32, where
-    convolutions are not by default.
-    """
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)  # (out, in, 1, k)
-    return weight.permute(2, 1, 0).flatten(0, 1)  # (k in, out)
-
-
-def convolve(columns: Tensor, weight: Tensor, dilation: int) -> Tensor:
-    """(B, (k - 1) dilation + L, in) -> (B, L, out), with the weight that `taps` made."""
-    if weight.dim() == 4:
-        image = columns.transpose(1, 2).unsqueeze(2)  # (B, in, 1, time), channels-last as it stands
-        return F.conv2d(image, weight, dilation=(1, dilation)).squeeze(2).transpose(1, 2)
-    kernel_size = weight.shape[0] // columns.shape[2]
-    length = columns.shape[1] - (kernel_size - 1) * dilation
-    windows = [columns[:, j * dilation : j * dilation + length] for j in range(kernel_size)]
-    return torch.cat(windows, dim=2) @ weight

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from equilibria import Anderson, Implicit, Picard, Stopping, Unrolled, fixed_point
-from equilibria.models.trellis_block import TrellisBlock, convolve, taps
+from equilibria.models.causal_convolution import CausalConvolution
+from equilibria.models.trellis_block import TrellisBlock, TrellisMasks
 from equilibria.nn import parametrizations
+from equilibria.nn.computed_once import computed_once
 from equilibria.nn.deq import DEQ
 
 # torch uses what it has deprecated when it loads its forward mode.
@@ -43,17 +45,18 @@ def draw(past: int = 1, batch: int = B, length: int = L) -> tuple[Tensor, Tensor
     return z, u, torch.randn(batch, past, 2 * H, dtype=F64)
 
 
-def naive(block: TrellisBlock, z: Tensor, u: Tensor, past: Tensor, mask: Tensor | None) -> Tensor:
+def naive(block: TrellisBlock, z: Tensor, u: Tensor, past: Tensor, masks: TrellisMasks) -> Tensor:
     """One evaluation of f, position by position and tap by tap."""
-    weight, k = block.conv.weight, block.kernel_size
+    weight, k = block.conv.weight, block.conv.kernel_size[0]
+    weight = weight if masks.weight is None else weight * masks.weight
     states = torch.cat((past, z), 1)
     p = past.shape[1]
     rows = []
     for t in range(p, states.shape[1]):
-        gates = u[:, t - p] + block.bias
+        gates = u[:, t - p] + block.conv.bias
         for j in range(k):
-            hidden = states[:, max(t - (k - 1 - j) * block.dilation, 0), :H]  # columns before the first repeat it
-            gates = gates + (hidden if mask is None else hidden * mask[:, 0]) @ weight[:, :, j].T
+            hidden = states[:, max(t - (k - 1 - j) * block.conv.dilation[0], 0), :H]  # columns before the first repeat it
+            gates = gates + (hidden if masks.hidden is None else hidden * masks.hidden[:, 0]) @ weight[:, :, j].T
         i, o, g, f = gates.chunk(4, 1)
         c = torch.sigmoid(f) * states[:, t - 1, H:] + torch.sigmoid(i) * torch.tanh(g)
         rows.append(torch.cat((torch.sigmoid(o) * torch.tanh(c), c), 1))
@@ -65,12 +68,14 @@ def naive(block: TrellisBlock, z: Tensor, u: Tensor, past: Tensor, mask: Tensor 
     list(itertools.product(KERNELS, (False, True), (0.0, 0.4), (1, 3, 7))),
 )
 def test_block_is_the_naive_layer(kernel, weight_norm, dropout, past):
-    block = make(*kernel, weight_norm=weight_norm, dropout=dropout)
+    block = make(*kernel, weight_norm=weight_norm, dropout=dropout, weight_dropout=dropout)
     z, u, before = draw(past)
-    mask = block.draw_masks(u)
-    assert (mask is None) == (dropout == 0)
-    args = block.prepare(u, before, mask)
-    torch.testing.assert_close(block(z, *args), naive(block, z, u, before, mask), rtol=1e-12, atol=1e-13)
+    masks = block.draw_masks(u)
+    assert (masks.hidden is None) == (dropout == 0)
+    assert (masks.weight is None) == (dropout == 0 or weight_norm)
+    with computed_once(block):  # one draw of the weights that are dropped before they are normalised
+        ours, expected = block(z, *block.prepare(u, before, masks)), naive(block, z, u, before, masks)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_without_past_stands_a_column_of_zeros():
@@ -111,14 +116,16 @@ def assert_recorded(ours: Tensor | None, theirs: Tensor, what: str) -> None:
     assert (ours - theirs).norm() <= 1e-11 * theirs.norm(), what
 
 
-def test_gradients_are_those_of_the_naive_layer():
-    block = make(3, 2, weight_norm=True, dropout=0.2)
+@pytest.mark.parametrize("weight_norm", [False, True])
+def test_gradients_are_those_of_the_naive_layer(weight_norm):
+    block = make(3, 2, weight_norm=weight_norm, dropout=0.2, weight_dropout=0.2)
     z, u, past = draw(2)
-    mask = block.draw_masks(u)
+    masks = block.draw_masks(u)
     leaves = [*block.parameters(), z.requires_grad_(), u.requires_grad_(), past.requires_grad_()]
     direction = torch.randn(B, L, 2 * H, dtype=F64)
-    ours = torch.autograd.grad((block(z, *block.prepare(u, past, mask)) * direction).sum(), leaves)
-    expected = torch.autograd.grad((naive(block, z, u, past, mask) * direction).sum(), leaves)
+    with computed_once(block):
+        outputs = block(z, *block.prepare(u, past, masks)), naive(block, z, u, past, masks)
+    ours, expected = (torch.autograd.grad((x * direction).sum(), leaves, retain_graph=True) for x in outputs)
     torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
 
 
@@ -128,7 +135,7 @@ def test_single_precision_takes_another_way_to_the_same_convolution(kernel):
     double, single = make(*kernel), make(*kernel).float()
     z, u, past = draw()
     v = torch.randn_like(z)
-    ways = [taps(block.conv.weight).dim() for block in (double, single)]
+    ways = [block.conv.taps().dim() for block in (double, single)]
     assert ways == ([2, 4] if torch.backends.mkldnn.is_available() else [2, 2])
     exact = derivatives(partial(at, double, double.prepare(u, past)), z, v)
     ours = derivatives(partial(at, single, single.prepare(u.float(), past.float())), z.float(), v.float())
@@ -161,16 +168,36 @@ def test_any_number_of_derivatives_and_forward_mode():
     assert torch.autograd.gradgradcheck(f, leaves)
 
 
-def test_windows_of_a_convolution_are_its_taps_side_by_side():
-    conv = torch.nn.Conv1d(4, 7, 3, dilation=2).double()
+def test_causal_convolution_is_the_convolution():
+    convolution = CausalConvolution(4, 7, 3, dilation=2, init_std=0.5).double()
     x = torch.randn(2, 9, 4, dtype=F64)
-    expected = conv(x.transpose(1, 2)).transpose(1, 2)
-    assert conv.bias is not None
-    torch.testing.assert_close(convolve(x, taps(conv.weight), 2) + conv.bias, expected, rtol=1e-12, atol=1e-13)
+    expected = torch.nn.functional.conv1d(x.transpose(1, 2), convolution.weight, convolution.bias, dilation=2)
+    torch.testing.assert_close(convolution(x), expected.transpose(1, 2), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("weight_norm", [False, True])
+def test_dropped_weights_are_drawn_once_and_keep_the_last_tap(weight_norm):
+    torch.manual_seed(0)
+    convolution = CausalConvolution(20, 30, 2, weight_dropout=0.5, weight_norm=weight_norm, init_std=1.0)
+    kept = convolution.eval().weight.detach().clone()
+    assert torch.equal(convolution.taps(convolution.draw_mask()), convolution.taps())
+    convolution.train()
+    with computed_once(convolution):
+        mask = convolution.draw_mask()
+        assert (mask is None) == weight_norm
+        dropped = convolution.weight if mask is None else convolution.weight * mask
+        if weight_norm:  # of the length that it had, and of another direction
+            assert torch.equal(convolution.weight, dropped)
+            torch.testing.assert_close(dropped.flatten(1).norm(dim=1), kept.flatten(1).norm(dim=1))
+        else:
+            assert torch.equal(dropped[..., 1], kept[..., 1])
+    assert (dropped[..., 1] != 0).all()
+    assert 0.4 < (dropped[..., 0] == 0).float().mean() < 0.6
+    assert "weight" in dict(convolution.named_parameters()) or weight_norm
 
 
 def test_forward_uses_its_args_and_nothing_else():
-    block = make(weight_norm=True, dropout=0.2)
+    block = make(weight_dropout=0.3, dropout=0.2)
     z, u, past = draw()
     args = block.prepare(u, past, block.draw_masks(u))
     args = tree_map(lambda x: x if x is None else x.clone(), args)
@@ -205,7 +232,7 @@ def test_initialisation_reaches_weights_under_weight_norm():
     gain, direction = parts["parametrizations.weight.original0"], parts["parametrizations.weight.original1"]
     assert gain.shape == (4 * 64, 1, 1)
     torch.testing.assert_close(gain * direction / direction.flatten(1).norm(dim=1)[:, None, None], plain.conv.weight)
-    assert plain.bias.abs().max() == 0
+    assert plain.conv.bias.abs().max() == 0
 
 
 def test_deepcopy_is_independent():
@@ -241,29 +268,29 @@ def test_a_segment_continues_where_the_columns_before_it_are_its_past(kernel):
 
 
 def test_frozen_masks_give_an_equilibrium_with_the_gradient_of_the_unrolled_solve():
-    block = make(3, 1, dropout=0.3)
+    block = make(3, 1, dropout=0.3, weight_dropout=0.1)
     _, u, past = draw()
-    mask = block.draw_masks(u)
+    masks = block.draw_masks(u)
     u.requires_grad_()
     past.requires_grad_()
     direction = torch.randn(B, L, 2 * H, dtype=F64)
     gradients = []
     for solver, adjoint in ((Anderson(), Implicit(stopping=TIGHT)), (Picard(), Unrolled())):
-        z, stats = DEQ(block, solver=solver, stopping=TIGHT, adjoint=adjoint)(u, past, mask)
+        z, stats = DEQ(block, solver=solver, stopping=TIGHT, adjoint=adjoint)(u, past, masks)
         assert stats.converged.all()
-        torch.testing.assert_close(naive(block, z, u, past, mask), z, rtol=0, atol=1e-10)
+        torch.testing.assert_close(naive(block, z, u, past, masks), z, rtol=0, atol=1e-10)
         gradients.append(torch.autograd.grad((z * direction).sum(), [u, past, *block.parameters()]))
     for implicit, unrolled in zip(*gradients, strict=True):
         assert (implicit - unrolled).norm() <= 1e-6 * unrolled.norm() + 1e-12
 
 
 def test_batch_dims_let_the_batch_be_compacted_without_changing_the_answer():
-    block = make(3, 2, dropout=0.3)
+    block = make(3, 2, dropout=0.3, weight_dropout=0.1)
     _, u, past = draw(batch=6)
     with torch.no_grad():
         u[:4] *= 0.01  # these converge early
-    mask = block.draw_masks(u)
-    args = block.prepare(u, past, mask)
+    masks = block.draw_masks(u)
+    args = block.prepare(u, past, masks)
     rows = torch.tensor([4, 1])
 
     def of_rows(arg: Any, dim: int | None) -> Any:
@@ -277,7 +304,8 @@ def test_batch_dims_let_the_batch_be_compacted_without_changing_the_answer():
     compacted = fixed_point(block, block.initial(u), *args, stopping=TIGHT, batch_dims=block.batch_dims)
     torch.testing.assert_close(compacted.z, whole.z, rtol=1e-9, atol=1e-10)
     for b in range(6):
-        own = None if mask is None else mask[b : b + 1]
+        assert masks.hidden is not None
+        own = masks._replace(hidden=masks.hidden[b : b + 1])
         alone = DEQ(block, stopping=TIGHT)(u[b : b + 1], past[b : b + 1], own).z
         torch.testing.assert_close(whole.z[b : b + 1], alone, rtol=1e-9, atol=1e-10)
 
