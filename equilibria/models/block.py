@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from equilibria.nn import parametrizations
 from equilibria.nn.dropout import FrozenDropout
-from equilibria.nn.relative_attention import relative_attention, relative_mask, sinusoidal_positions
+from equilibria.nn.relative_attention import (
+    relative_attention,
+    relative_mask,
+    sinusoidal_frequencies,
+    sinusoidal_positions,
+)
 
 
 class Memory(NamedTuple):
@@ -87,6 +92,7 @@ class TransformerBlock(nn.Module):
         weight_norm: W = g V / ‖V‖ row by row, for the weights of all five linear maps.
         init_std: the weights start as N(0, init_std²), the biases of linear maps as 0.
         init_normed: False leaves weights under weight norm as nn.Linear draws them.
+        stored_frequencies: keep the frequencies of the positions, (d / 2,), in a buffer of that name.
 
     Source: Bai, Kolter & Koltun, "Deep Equilibrium Models", 2019, section 3.3 and appendix B.
 
@@ -98,6 +104,7 @@ class TransformerBlock(nn.Module):
 
     batch_dims = (0, 1, None, None, 0)
     """Which dimension of each argument from `prepare` carries the batch."""
+    frequencies: Tensor | None
 
     def __init__(
         self,
@@ -111,6 +118,7 @@ class TransformerBlock(nn.Module):
         weight_norm: bool = False,
         init_std: float = 0.02,
         init_normed: bool = True,
+        stored_frequencies: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("d_model", d_model), ("n_head", n_head), ("d_inner", d_inner)):
@@ -132,6 +140,7 @@ class TransformerBlock(nn.Module):
         self.time_dropout = FrozenDropout(dropout, shared_dims=(1,))  # (B, 1, width)
         self.position_dropout = FrozenDropout(dropout, shared_dims=(0,))  # (1, d)
         self.weights_dropout = FrozenDropout(attention_dropout)  # (B, H, L, K)
+        self.register_buffer("frequencies", sinusoidal_frequencies(d_model) if stored_frequencies else None)
         self._initialise(init_std, weights=init_normed or not weight_norm)
         if weight_norm:  # after the initialisation, which would otherwise write to a derived tensor and be lost
             for linear in self._linears():
@@ -219,7 +228,8 @@ class TransformerBlock(nn.Module):
         length = like.shape[1]
         exact = torch.promote_types(like.dtype, torch.float32)
         distances = torch.arange(length + memory, -1, -1, dtype=exact, device=like.device)
-        sinusoids = self.position_dropout(sinusoidal_positions(distances, self.d_model).to(like.dtype), mask)
+        sinusoids = sinusoidal_positions(distances, self.d_model, self.frequencies)
+        sinusoids = self.position_dropout(sinusoids.to(like.dtype), mask)
         projected = self.position(sinusoids).view(-1, self.n_head, self.d_head).permute(1, 2, 0)  # (H, e, K + 1)
         bias = (self.position_bias - self.content_bias) / math.sqrt(self.d_head)
         return Positions(projected.contiguous(), bias[:, None, None], relative_mask(length, memory, window, like=like))

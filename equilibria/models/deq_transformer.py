@@ -57,6 +57,9 @@ class TransformerShape(LMShape):
     U(-1, 1) / sqrt(inputs)."""
     drop_positions: bool = False
     """Let dropout of the output zero whole positions, as in the released code, instead of units."""
+    stored_frequencies: bool = False
+    """Keep the frequencies of the positions with the parameters, as in the released code: in float64 a checkpoint that was
+    saved in float32 computes what it did there only with its own, which are rounded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,6 +135,7 @@ class DEQTransformerLM(EquilibriumLM):
             weight_norm=config.weight_norm,
             init_std=config.init_std,
             init_normed=config.init_normed,
+            stored_frequencies=config.stored_frequencies,
         )
         self.deq = DEQ(block, solver=solver, stopping=stopping, adjoint=adjoint, eval_stopping=eval_stopping)
         self.softmax = AdaptiveSoftmax(*words, init_std=config.init_std)

@@ -21,18 +21,29 @@ import torch
 from torch import Tensor
 
 
-def sinusoidal_positions(distances: Tensor, width: int) -> Tensor:
-    """(N, width): [sin(t w), cos(t w)] of the distances t (N,), with frequencies w_i = 10000^(-2i / width).
+def sinusoidal_frequencies(width: int, *, like: Tensor | None = None) -> Tensor:
+    """(width / 2,): w_i = 10000^(-2i / width), with the dtype and device of `like`. `width` must be even, else ValueError.
+
+    >>> sinusoidal_frequencies(4)
+    tensor([1.0000, 0.0100])
+    """
+    if width % 2:
+        raise ValueError(f"width is {width}; sinusoidal positions need an even width, half sines and half cosines")
+    like = torch.empty(0) if like is None else like
+    return 10000.0 ** -(torch.arange(0, width, 2, dtype=like.dtype, device=like.device) / width)
+
+
+def sinusoidal_positions(distances: Tensor, width: int, frequencies: Tensor | None = None) -> Tensor:
+    """(N, width): [sin(t w), cos(t w)] of the distances t (N,), with the frequencies w, or those of the width.
 
     Sines first, cosines after them, not interleaved. `width` must be even, otherwise ValueError.
 
     >>> sinusoidal_positions(torch.arange(8.0), 16).shape
     torch.Size([8, 16])
     """
-    if width % 2:
-        raise ValueError(f"width is {width}; sinusoidal positions need an even width, half sines and half cosines")
-    exponents = torch.arange(0, width, 2, dtype=distances.dtype, device=distances.device) / width
-    angles = distances[:, None] * 10000.0**-exponents
+    if frequencies is None:
+        frequencies = sinusoidal_frequencies(width, like=distances)
+    angles = distances[:, None] * frequencies.to(distances.dtype)
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 

@@ -74,7 +74,7 @@ def transformer() -> dict[str, Tensor]:
     return {
         "word_emb.emb_layers.0.weight": torch.randn(5, 2),
         "inject_conv.weight": torch.randn(6, 2, 1),
-        "pos_emb.inv_freq": torch.ones(1),
+        "pos_emb.inv_freq": torch.ones(1, dtype=torch.float64),
         "func.dec_attn.qkv_net.weight": weight,
         "func.dec_attn.r_w_bias": bias,
         "deq.func.dec_attn.qkv_net.weight": weight.clone(),
@@ -90,6 +90,13 @@ def test_kernels_of_size_one_become_matrices() -> None:
     assert sorted(named) == ["deq.block.content_bias", "deq.block.qkv.weight", "embedding.tables.0", "inject.weight"]
     assert torch.equal(named["deq.block.qkv.weight"], state["func.dec_attn.qkv_net.weight"][..., 0])
     assert named["deq.block.content_bias"] is state["func.dec_attn.r_w_bias"]
+
+
+def test_rounded_frequencies_are_kept() -> None:
+    exact = 10000.0 ** -(torch.arange(0, 6, 2, dtype=torch.float64) / 6)
+    assert translate({"pos_emb.inv_freq": exact}) == {}
+    for other in (exact.float(), exact * 1.0001, exact[None]):
+        assert translate({"pos_emb.inv_freq": other})["deq.block.frequencies"] is other
 
 
 def test_a_wrapped_model_has_the_same_names() -> None:

@@ -59,8 +59,8 @@ def _reason(error: Exception) -> str:
     match = re.search(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.]+)", text)
     if match:
         return (
-            f"it is no plain state dict, but would run code when unpickled ({match.group(1)}), as a model saved whole does; "
-            "nothing was run. Load it with the original code and save its state_dict() instead"
+            f"it is no plain state dict, but would run code when unpickled ({match.group(1)}), as a model saved whole "
+            "does, and nothing was run; load it with the original code and save its state_dict()"
         )
     if "TorchScript" in text:
         return f"it is a TorchScript archive; {_REMEDY}"

@@ -18,6 +18,7 @@ Both serve state dicts and gradients (strip what stands before the names first),
     func.dec_attn.{qkv,r,o}_net             deq.block.{qkv,position,attention_out}
     func.dec_attn.{r_w,r_r}_bias            deq.block.{content,position}_bias
     func.pos_ff.{ff1,ff2}_net               deq.block.{ff_in,ff_out}
+    pos_emb.inv_freq                        deq.block.frequencies, where rounded
     crit.out_layers.I.{weight,bias}         softmax.{weights,biases}.I
     crit.out_projs.I[.weight]               softmax.projections.I
     crit.cluster_{weight,bias}              softmax.cluster_{weight,bias}
@@ -41,6 +42,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from equilibria.nn.relative_attention import sinusoidal_frequencies
+
 Family = Literal["transformer", "trellisnet"]
 
 # `#` stands for a number, `@` for a parameter of a linear map or convolution.
@@ -53,6 +56,7 @@ _NAMES = (
     ("func.dec_attn.o_net.@", "deq.block.attention_out.@"),
     ("func.dec_attn.r_w_bias", "deq.block.content_bias"),
     ("func.dec_attn.r_r_bias", "deq.block.position_bias"),
+    ("pos_emb.inv_freq", "deq.block.frequencies"),
     ("func.pos_ff.ff1_net.@", "deq.block.ff_in.@"),
     ("func.pos_ff.ff2_net.@", "deq.block.ff_out.@"),
     ("crit.out_layers.#.weight", "softmax.weights.#"),
@@ -106,6 +110,9 @@ def family(names: Iterable[str]) -> Family:
 def first_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each tensor once, under the original's first name for it, spelled as in 2019 and without weight drop.
 
+    The frequencies of the positions are left out where they are 10000^(-2i / d) to the last digits of float64, and stay
+    where they were rounded, as in a checkpoint in float32: a model in float64 then needs them, `stored_frequencies`.
+
     Raises:
         ValueError: a repeated tensor differs from the first, or a copy has another shape.
 
@@ -119,7 +126,7 @@ def first_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     wrapped = all(name.startswith("module.") for name in tensors)
     for name, tensor in tensors.items():
         plain = _plain(name.removeprefix("module.") if wrapped else name)
-        if plain == "pos_emb.inv_freq":
+        if plain == "pos_emb.inv_freq" and _are_exact(tensor):
             continue
         if "func_copy." in plain:
             copies[name] = tensor
@@ -207,6 +214,12 @@ def _plain(name: str) -> str:
     name = re.sub(r"^(trellisnet\.)?(?:deq|deqback)\.func\.", r"\1func.", name)
     name = re.sub(r"\.(weight|weight_v)_raw$", r".\1", name)
     return re.sub(r"((?:emb|out)_projs\.\d+)\.weight$", r"\1", name)
+
+
+def _are_exact(frequencies: Tensor) -> bool:
+    """Whether the frequencies of the positions are what they are to the last digits of float64."""
+    exact = sinusoidal_frequencies(2 * frequencies.numel(), like=torch.empty(0, dtype=torch.float64))
+    return frequencies.dim() == 1 and torch.allclose(frequencies.double(), exact, rtol=1e-12, atol=0.0)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
