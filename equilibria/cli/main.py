@@ -19,6 +19,7 @@ commands
   train RECIPE       train a model; writes everything into a run folder
   eval RUN           measure how well the model of a run predicts text
   generate RUN       continue a text with the model of a run
+  data               list, fetch and check data sets
 
   equilibria train quickstart                            a few minutes on a laptop, no files needed
   equilibria eval runs/quickstart
@@ -28,7 +29,7 @@ commands
 `equilibria --version` prints the version.
 """
 
-COMMANDS = ("train", "eval", "generate")
+COMMANDS = ("train", "eval", "generate", "data")
 LM_PACKAGES = frozenset(
     {"accelerate", "cattrs", "matplotlib", "numpy", "psutil", "safetensors", "tensorboard", "tokenizers", "tqdm", "tyro"}
 )
@@ -96,6 +97,10 @@ def _dispatch(argv: list[str]) -> int:
         from equilibria.cli.generate import generate_command
 
         return generate_command(rest)
+    if command == "data":
+        from equilibria.cli.data import data_command
+
+        return data_command(rest)
     close = difflib.get_close_matches(command, COMMANDS, n=1)
     hint = f"did you mean {close[0]}?" if close else f"choose {', '.join(COMMANDS)}"
     return _fail(f"there is no command {command}; {hint} (see equilibria --help)", 2)

@@ -41,10 +41,11 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to fill that becomes `target` at the end of the block, whole, and disappears if that raises.
 
-    Raises UserError where the cache cannot be written. If another process made `target` meanwhile, its folder stays.
+    With `replace`, a `target` that is there is deleted; otherwise it stays, as when another process made it meanwhile.
+    Raises UserError where the cache cannot be written.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -57,6 +58,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         yield scratch
         scratch.chmod(0o755)  # a temporary folder is closed to others, a cache may be shared
+        if replace:
+            shutil.rmtree(target, ignore_errors=True)
         try:
             scratch.rename(target)
         except OSError:
