@@ -10,7 +10,7 @@ import torch
 from equilibria.cli.generate import encode_prompt, generate_ids, text_pieces
 from equilibria.cli.load import LoadedRun, device, load_run
 from equilibria.data import Corpus
-from equilibria.models import DEQTransformerLM
+from equilibria.models import EquilibriumLM
 from equilibria.recipes.build import eval_stopping
 from equilibria.train.checkpoint import load_state
 from equilibria.train.config import MethodName, RunConfig
@@ -74,7 +74,7 @@ def _plot(run: LoadedRun, corpus: Corpus) -> None:
 
 
 @torch.no_grad()
-def _trace(model: DEQTransformerLM, run: LoadedRun, corpus: Corpus) -> torch.Tensor:
+def _trace(model: EquilibriumLM, run: LoadedRun, corpus: Corpus) -> torch.Tensor:
     """(1 + steps, B) residuals on the second segment of the validation split, the first with a memory."""
     lanes = min(run.config.eval_batch_size, corpus.valid.max_batch_size)
     batches = corpus.valid.batches(lanes, run.config.eval_segment, device())

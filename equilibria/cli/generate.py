@@ -15,7 +15,7 @@ import tyro
 from equilibria.cli.load import device, load_run
 from equilibria.cli.parse import parse
 from equilibria.data import Tokenizer
-from equilibria.models.deq_transformer import DEQTransformerLM
+from equilibria.models import EquilibriumLM
 from equilibria.models.generation import stream
 from equilibria.solution import UserError
 
@@ -91,7 +91,7 @@ def generate_command(argv: Sequence[str]) -> int:
 
 
 def generate_ids(
-    model: DEQTransformerLM,
+    model: EquilibriumLM,
     prompt: Sequence[int],
     tokens: int,
     temperature: float,

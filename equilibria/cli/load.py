@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 
 from equilibria.data import Corpus, Tokenizer, load_tokenizer
-from equilibria.models.deq_transformer import DEQTransformerLM
+from equilibria.models import EquilibriumLM
 from equilibria.recipes.build import build_corpus, build_model
 from equilibria.solution import UserError
 from equilibria.train.checkpoint import load_weights, settle_folder
@@ -28,7 +28,7 @@ class LoadedRun:
     config: RunConfig
     tokenizer: Tokenizer
 
-    def model(self, *, method: MethodName | None = None, trace: bool = False) -> DEQTransformerLM:
+    def model(self, *, method: MethodName | None = None, trace: bool = False) -> EquilibriumLM:
         """The model with its best weights, ready to evaluate; `method` and `trace` as in `build_model`."""
         model = build_model(self.config, self.tokenizer.size, method=method, trace=trace)
         settle_folder(self.folder.best)

@@ -29,7 +29,7 @@ def parse(kind: type[T], argv: Sequence[str], *, command: str, description: str,
                 default=default,
                 prog=command,
                 description=description,
-                config=(tyro.conf.OmitArgPrefixes,),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
             )
             assert isinstance(options, kind)
             return options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import shlex
@@ -17,7 +18,7 @@ import tyro
 from equilibria.cli.artefacts import finish
 from equilibria.cli.parse import parse
 from equilibria.data import Corpus
-from equilibria.recipes import RECIPES
+from equilibria.recipes import RECIPES, scaled
 from equilibria.recipes.build import build_corpus, build_model
 from equilibria.solution import UserError
 from equilibria.train.config import FIXED_ON_RESUME, RunConfig, changed_fields
@@ -34,6 +35,8 @@ class TrainOptions:
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
     """What the recipe sets."""
+    scale: float = 1.0
+    """Multiply the recipe's widths, batch and numbers of steps by this, before the other options."""
     run_dir: Path | None = None
     """Folder of the run; None: runs/RECIPE, runs/RECIPE-2, ..."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -50,9 +53,12 @@ def train_command(argv: Sequence[str]) -> int:
         close = difflib.get_close_matches(recipe, RECIPES, n=1)
         hint = f"did you mean {close[0]}?" if close else f"choose {', '.join(RECIPES)}"
         raise UserError(f"there is no recipe {recipe}; {hint} (see equilibria train)")
-    options = _parse(recipe, rest, RECIPES[recipe]())
+    scale = _scale(rest)
+    options = _parse(recipe, rest, scaled(RECIPES[recipe](), scale))
     folder = None
     if options.resume:
+        if scale != 1:
+            raise UserError("a resumed run keeps its size; leave --scale out")
         folder, stored = _stored_run(recipe, options.run_dir)
         options = _parse(recipe, rest, stored)
         if changes := changed_fields(stored, options.config, FIXED_ON_RESUME):
@@ -120,6 +126,16 @@ def _parse(recipe: str, argv: Sequence[str], default: RunConfig) -> TrainOptions
     )
 
 
+def _scale(argv: Sequence[str]) -> float:
+    """The value of --scale, which must be known before the rest can be parsed: it sets the defaults."""
+    for index, word in enumerate(argv):
+        name, given, value = word.partition("=")
+        if name == "--scale":
+            with contextlib.suppress(ValueError, IndexError):  # what is no number, the parser proper will explain
+                return float(value if given else argv[index + 1])
+    return 1.0
+
+
 def _with_absolute_data_dir(config: RunConfig) -> RunConfig:
     """The stored configuration must hold wherever the run is resumed from."""
     if config.data.data_dir is None:
@@ -141,7 +157,7 @@ def _stored_run(recipe: str, run_dir: Path | None) -> tuple[RunFolder, RunConfig
 
 
 def _recipes_help() -> str:
-    recipes = "\n".join(f"  {name:<16}{_first_line(recipe.__doc__)}" for name, recipe in RECIPES.items())
+    recipes = "\n".join(f"  {name:<32}{_first_line(recipe.__doc__)}" for name, recipe in RECIPES.items())
     return (
         "usage: equilibria train RECIPE [options]\n\n"
         "Train a model and its explicit twin, evaluate both, and write everything into a run folder.\n\n"

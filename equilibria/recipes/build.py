@@ -7,16 +7,22 @@ from typing import assert_never
 
 from equilibria.adjoints import Adjoint, Implicit, Neumann, Phantom, Reversible, Shine, Unrolled
 from equilibria.data import Corpus, load_corpus
-from equilibria.models.deq_transformer import DEQTransformerLM, TransformerConfig
+from equilibria.models import DEQTransformerLM, DEQTrellisNetLM, TransformerConfig, TrellisConfig
 from equilibria.solution import UserError
 from equilibria.solvers import GMRES, Anderson, Broyden, NewtonKrylov, Picard, ReversiblePicard, Solver
 from equilibria.stopping import Stopping
-from equilibria.train.config import DataConfig, MethodName, RunConfig, SolveConfig
+from equilibria.train.config import DataConfig, MethodName, RunConfig, SolveConfig, TransformerModel
 
 
 def build_corpus(config: DataConfig) -> Corpus:
     """The text, read and cut into tokens."""
-    return load_corpus(config.corpus, config.data_dir, vocab_size=config.vocab_size, delay=config.delay)
+    return load_corpus(
+        config.corpus,
+        config.data_dir,
+        vocab_size=config.vocab_size,
+        delay=config.delay,
+        original_vocabulary=config.original_vocabulary,
+    )
 
 
 def build_solver(config: SolveConfig, method: MethodName | None = None) -> Solver:
@@ -94,16 +100,19 @@ def build_model(
     *,
     method: MethodName | None = None,
     trace: bool = False,
-) -> DEQTransformerLM:
+) -> DEQTransformerLM | DEQTrellisNetLM:
     """The language model with fresh weights. `method` and `trace` serve to look at the solves of evaluation."""
     solver = config.solver
+    shape = {"vocab_size": vocab_size, **dataclasses.asdict(config.model)}
+    solves = {
+        "solver": build_solver(solver, method),
+        "stopping": Stopping(rtol=solver.rtol, atol=solver.atol, max_evals=solver.max_evals),
+        "adjoint": build_adjoint(solver),
+        "eval_stopping": trace_stopping(solver) if trace else eval_stopping(solver),
+    }
     try:
-        return DEQTransformerLM(
-            TransformerConfig(vocab_size=vocab_size, **dataclasses.asdict(config.model)),
-            solver=build_solver(solver, method),
-            stopping=Stopping(rtol=solver.rtol, atol=solver.atol, max_evals=solver.max_evals),
-            adjoint=build_adjoint(solver),
-            eval_stopping=trace_stopping(solver) if trace else eval_stopping(solver),
-        )
+        if isinstance(config.model, TransformerModel):
+            return DEQTransformerLM(TransformerConfig(**shape), **solves)
+        return DEQTrellisNetLM(TrellisConfig(**shape), **solves)
     except ValueError as error:  # a shape that makes no model
         raise UserError(f"the model cannot be built: {error}") from error

@@ -19,15 +19,31 @@ from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn
 
 from equilibria.solution import UserError
 from equilibria.train.checks import check, check_not_negative, check_positive
-from equilibria.train.model_config import FAMILIES, Model, TransformerModel, family, fixed_fields
+from equilibria.train.model_config import FAMILIES, Model, TransformerModel, TrellisModel, family, fixed_fields
 from equilibria.train.optim_config import OptimConfig, OptimizerName, ScheduleName
 from equilibria.train.solve_config import BackwardName, LinearName, MethodName, SolveConfig
 
 __all__ = [
-    "FIXED_ON_RESUME", "BackwardName", "CorpusName", "DataConfig", "LinearName", "MethodName", "Model", "OptimConfig",
-    "OptimizerName", "RunConfig", "SampleConfig", "ScheduleName", "SolveConfig", "TransformerModel", "changed_fields",
-    "from_json", "load_config", "to_json",
-]  # fmt: skip
+    "FIXED_ON_RESUME",
+    "BackwardName",
+    "CorpusName",
+    "DataConfig",
+    "LinearName",
+    "MethodName",
+    "Model",
+    "OptimConfig",
+    "OptimizerName",
+    "RunConfig",
+    "SampleConfig",
+    "ScheduleName",
+    "SolveConfig",
+    "TransformerModel",
+    "TrellisModel",
+    "changed_fields",
+    "from_json",
+    "load_config",
+    "to_json",
+]
 
 CorpusName = Literal[
     "python-docs", "wikitext-103", "wikitext-2", "penn-treebank", "penn-treebank-char", "enwik8", "text8", "copy-memory",
@@ -40,11 +56,13 @@ class DataConfig:
     """Which text, and how it is cut into tokens."""
 
     corpus: CorpusName = "python-docs"
-    """Where the text comes from; all but python-docs and copy-memory need --data-dir."""
+    """Where the text comes from; text needs --data-dir."""
     data_dir: Path | None = None
-    """Folder that holds the files of the corpus."""
+    """Folder that holds the files of the corpus; None: where `equilibria data get` puts them."""
     vocab_size: int | None = None
-    """Size of the byte-pair vocabulary (None: 2048); word-level corpora bring their own."""
+    """Size of the byte-pair vocabulary (None: 2048); other corpora bring their own."""
+    original_vocabulary: bool = False
+    """Number words as the original code does, which a checkpoint of it needs."""
     delay: int | None = None
     """Steps that the copy-memory task has to remember its symbols for (None: 400)."""
 
@@ -135,8 +153,10 @@ FIXED_ON_RESUME = (
     "data.corpus",
     "data.vocab_size",
     "data.delay",
+    "data.original_vocabulary",
     "optim.batch_size",
     "optim.length",
+    "optim.variable_length",
     "optim.accumulate",
     "twin_depth",
     "seed",

@@ -74,8 +74,10 @@ class Trainer:
         self.saved_step: int | None = None
         memory = self._restore() if folder.has_checkpoint() else None
         device = self.accelerator.device
-        self.batches = corpus.train.batches(optim.batch_size, optim.length, device, seed=config.seed)
-        self.reader = Reader(self.batches, self.state)
+        batches = corpus.train.batches(
+            optim.batch_size, optim.length, device, seed=config.seed, variable_length=optim.variable_length
+        )
+        self.reader = Reader(batches, self.state)
         self.reader.memory = memory
         self.recorder = Recorder(folder, self.accelerator, self.state)
         self.rate.set(self.state.step)
@@ -170,7 +172,7 @@ class Trainer:
 
     def _validation_due(self) -> bool:
         every = self.config.eval_every
-        return self.state.segment == len(self.batches) if every is None else self.state.step % every == 0
+        return self.reader.at_end if every is None else self.state.step % every == 0
 
     def _out_of_time(self) -> bool:
         minutes = self.config.optim.minutes

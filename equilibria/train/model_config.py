@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from equilibria.models.deq_transformer import TransformerShape
+from equilibria.models.deq_trellisnet import TrellisShape
 from equilibria.solution import UserError
 from equilibria.train.checks import check
 
@@ -21,8 +22,20 @@ class TransformerModel(TransformerShape):
         _check_dropouts(self)
 
 
-Model = TransformerModel
-FAMILIES = {"transformer": TransformerModel}
+@dataclass(frozen=True, kw_only=True)
+class TrellisModel(TrellisShape):
+    """Shape of the TrellisNet; its vocabulary comes from the corpus."""
+
+    def __post_init__(self) -> None:
+        _as_options(super().__post_init__)
+        _check_dropouts(self)
+
+
+Model = TransformerModel | TrellisModel
+FAMILIES: dict[str, type[TransformerModel] | type[TrellisModel]] = {
+    "transformer": TransformerModel,
+    "trellisnet": TrellisModel,
+}
 """Name of a family, as it stands in config.json -> the class of its options."""
 
 

@@ -54,6 +54,8 @@ class OptimConfig:
     """Lanes of text read side by side."""
     length: int = 64
     """Tokens of each lane in one segment."""
+    variable_length: bool = False
+    """Let the lengths of the segments vary about --length, drawn anew for every epoch."""
     batch_chunk: int = 1
     """Parts that a batch is split into, one after the other, to save memory: same gradient, but for dropout."""
     accumulate: int = 1

@@ -34,22 +34,25 @@ class Reader:
 
     def __init__(self, batches: Batches, state: TrainState) -> None:
         self.state, self.memory = state, None
-        self._all = batches
-        self._epoch: tuple[int, Batches] | None = None
+        self._all, self.batches = batches, batches.at_epoch(state.epoch)
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the last batch of an epoch was read."""
+        return self.state.segment == len(self.batches)
 
     @property
     def epochs(self) -> int:
         """Whole readings of the split so far."""
-        return self.state.epoch + (self.state.segment == len(self._all))
+        return self.state.epoch + self.at_end
 
     def next(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets (B, L) of the next batch; `memory` is then what to read them with."""
         state = self.state
-        if state.segment == len(self._all):
+        if self.at_end:
             state.epoch, state.segment, self.memory = state.epoch + 1, 0, None
-        if self._epoch is None or self._epoch[0] != state.epoch:
-            self._epoch = state.epoch, self._all.at_epoch(state.epoch)
-        batch = self._epoch[1][state.segment]
+            self.batches = self._all.at_epoch(state.epoch)
+        batch = self.batches[state.segment]
         state.segment += 1
         return batch
 
@@ -66,7 +69,7 @@ class Reader:
 
     def remember(self, memories: Sequence[Any]) -> None:
         """Keep what the parts of a batch left."""
-        if not self._all.carries_memory or any(memory is None for memory in memories):
+        if not self.batches.carries_memory or any(memory is None for memory in memories):
             self.memory = None
         elif len(memories) == 1:
             self.memory = memories[0]

@@ -1,4 +1,16 @@
-"""Options of the solves, forward and backward."""
+"""Options of the solves, forward and backward.
+
+A sample has converged when ‖f(z) - z‖ <= atol + rtol ‖f(z)‖, with norms divided by the root of the size of the state, so
+that an atol is an error per entry. The options of the released code, where one test held for a whole batch and thresholds
+count steps (Broyden's needs one evaluation more than it takes steps), become:
+
+- 2019: f_thres, b_thres -> max_evals, backward_max_evals; the fixed eps, 1e-6 forward and 2e-10 backward, which it
+  multiplies by the root of the size -> rtol 0 and atol 1e-6, backward_rtol 0 and backward_atol 2e-10.
+- 2021: f_solver, b_solver -> method, backward_method; stop_mode rel with f_eps and b_eps -> rtol and backward_rtol, and
+  atol 0; stop_mode abs -> atol and backward_atol of eps divided by the root of the size of the batch's state, and rtol 0;
+  rand_f_thres_delta -> max_evals_delta; jac_loss_weight, jac_loss_freq, jac_incremental -> jacobian_weight,
+  jacobian_share, jacobian_every.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +26,7 @@ LinearName = Literal["gmres", "anderson", "broyden", "picard"]
 
 @dataclass(frozen=True, kw_only=True)
 class SolveConfig:
-    """How the fixed point is found, and how gradients pass through it.
-
-    A sample has converged when ‖f(z) - z‖ <= atol + rtol ‖f(z)‖, with the norm divided by the root of the size of the
-    state, so that an atol is a mean error per entry. The options of the released code, where one test held for a whole
-    batch, become (thresholds count steps there and evaluations here, one more):
-
-    - 2019: f_thres, b_thres -> max_evals, backward_max_evals; its fixed eps (1e-6 forward, 2e-10 backward, times the root
-      of the size) -> rtol 0 and atol 1e-6, backward_rtol 0 and backward_atol 2e-10.
-    - 2021: stop_mode rel with f_eps, b_eps -> rtol, backward_rtol, and atol 0; stop_mode abs -> atol and backward_atol of
-      eps divided by the root of the size of the batch's state, and rtol 0. rand_f_thres_delta -> max_evals_delta.
-      jac_loss_weight, jac_loss_freq, jac_incremental -> jacobian_weight, jacobian_share, jacobian_every.
-    """
+    """How the fixed point is found, and how gradients pass through it."""
 
     method: MethodName = "anderson"
     """Solver of the forward pass."""

@@ -207,7 +207,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out.startswith("equilibria 0.")
     assert main(["train"]) == 0
     recipes = capsys.readouterr().out
-    assert all(name in recipes for name in ("quickstart", "text", "penn-treebank", "wikitext-2"))
+    assert all(name in recipes for name in ("quickstart", "text", "penn-treebank-trellisnet", "wikitext-2-transformer"))
     with pytest.raises(SystemExit) as stop:
         main(["train", "quickstart", "--help"])
     assert stop.value.code == 0

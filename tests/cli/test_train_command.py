@@ -17,12 +17,13 @@ from equilibria.cli.evaluate import EvalOptions, evaluate_run
 from equilibria.cli.load import load_run
 from equilibria.cli.main import main
 from equilibria.data import load_tokenizer
-from equilibria.train.config import load_config
+from equilibria.train.config import TransformerModel, load_config
 from equilibria.train.run_folder import read_metrics
 
 
 def test_every_artefact_is_there_and_valid(trained: Path):
     config = load_config(trained / "config.json")
+    assert isinstance(config.model, TransformerModel)
     assert (config.recipe, config.model.d_model, config.optim.steps) == ("text", 16, 6)
     tokenizer = load_tokenizer(trained / "tokenizer")
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"

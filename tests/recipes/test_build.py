@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from equilibria.adjoints import Implicit, Neumann, Phantom, Reversible, Shine, Unrolled
-from equilibria.recipes import RECIPES
 from equilibria.recipes.build import (
     build_adjoint,
     build_corpus,
+    build_linear_solver,
     build_model,
     build_solver,
     eval_stopping,
@@ -19,25 +19,27 @@ from equilibria.recipes.build import (
 )
 from equilibria.solution import UserError
 from equilibria.solvers import Anderson, Broyden, Picard, ReversiblePicard
-from equilibria.train.config import BackwardName, DataConfig, MethodName, RunConfig, SolveConfig, TransformerModel
+from equilibria.train.config import (
+    BackwardName,
+    DataConfig,
+    LinearName,
+    MethodName,
+    RunConfig,
+    SolveConfig,
+    TransformerModel,
+    TrellisModel,
+)
 
 TINY = RunConfig(recipe="text", model=TransformerModel(d_model=8, n_head=2, d_inner=8, mem_len=4))
+TINY_TRELLIS = RunConfig(recipe="text", model=TrellisModel(d_embed=4, d_hidden=6, d_output=4))
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_makes_a_model_and_its_twin_of_equal_size(name: str):
-    config = RECIPES[name]()
-    assert config.recipe == name
-    assert (RECIPES[name].__doc__ or "").strip()
-    sizes = {sum(p.numel() for p in build_model(each, 50).parameters()) for each in (config, config.for_twin())}
-    assert len(sizes) == 1
-
-
-def test_twin_begins_with_the_same_weights():
+@pytest.mark.parametrize("config", [TINY, TINY_TRELLIS], ids=["transformer", "trellisnet"])
+def test_twin_begins_with_the_same_weights(config: RunConfig):
     states = []
-    for config in (TINY, TINY.for_twin()):
+    for each in (config, config.for_twin()):
         torch.manual_seed(3)
-        states.append(build_model(config, 20).state_dict())
+        states.append(build_model(each, 20).state_dict())
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -76,11 +78,34 @@ def test_what_does_not_go_together_is_refused(options: dict[str, Any], words: st
         SolveConfig(**options)
 
 
+@pytest.mark.parametrize("name", get_args(LinearName))
+def test_backward_solver_by_name(name: LinearName):
+    """Every one of them reaches the same gradient, that of the equilibrium."""
+    gradients = []
+    for each in (name, "gmres"):
+        solver = SolveConfig(
+            method="broyden", history=60, rtol=0.0, atol=1e-7, max_evals=200, backward_method=each, backward_rtol=0.0,
+            backward_atol=1e-7, backward_max_evals=200, damping=0.8,
+        )  # fmt: skip
+        adjoint = build_adjoint(solver)
+        assert isinstance(adjoint, Implicit)
+        assert (adjoint.stopping.rtol, adjoint.stopping.atol, adjoint.stopping.max_evals) == (0.0, 1e-7, 200)
+        torch.manual_seed(0)
+        model = build_model(dataclasses.replace(TINY_TRELLIS, solver=solver), 20)
+        tokens = torch.arange(10).view(2, 5)
+        model(tokens, tokens + 1).nll.mean().backward()
+        gradients.append(model.block.conv.weight.grad)
+    assert type(build_linear_solver(SolveConfig(backward_method=name))).__name__.lower() == name
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-7)
+
+
 def test_evaluation_has_its_own_budget_if_given():
     plain = eval_stopping(SolveConfig(rtol=0.1, max_evals=9))
     assert (plain.rtol, plain.max_evals) == (0.1, 9)
     own = eval_stopping(SolveConfig(rtol=0.1, max_evals=9, eval_rtol=0.2, eval_max_evals=90))
     assert (own.rtol, own.max_evals) == (0.2, 90)
+    absolute = eval_stopping(SolveConfig(rtol=0.1, atol=0.0, eval_rtol=0.0, eval_atol=1e-5))
+    assert (absolute.rtol, absolute.atol) == (0.0, 1e-5)
 
 
 COMBINATIONS = [
@@ -89,11 +114,12 @@ COMBINATIONS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("config", [TINY, TINY_TRELLIS], ids=["transformer", "trellisnet"])
 @pytest.mark.parametrize(("method", "backward"), COMBINATIONS)
-def test_every_combination_trains(method: MethodName, backward: BackwardName):
+def test_every_combination_trains(method: MethodName, backward: BackwardName, config: RunConfig):
     damping = 0.5 if method == "reversible" else 1.0
     solver = dataclasses.replace(TINY.solver, method=method, backward=backward, max_evals=6, damping=damping)
-    model = build_model(dataclasses.replace(TINY, solver=solver), 20)
+    model = build_model(dataclasses.replace(config, solver=solver), 20)
     tokens = torch.arange(10).view(2, 5)
     output = model(tokens, tokens + 1)
     output.nll.mean().backward()

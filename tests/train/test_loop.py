@@ -208,9 +208,9 @@ def test_memory_is_carried_within_an_epoch_and_empty_at_its_start(make: Make):
     trainer = make()
     seen: list[bool] = []
     trainer.model.register_forward_pre_hook(lambda _, args: seen.append(args[2] is None) if len(args) > 2 else None)
-    for _ in range(len(trainer.batches) + 2):
+    for _ in range(len(trainer.reader.batches) + 2):
         trainer._step()
-    first_of_epoch = [True] + [False] * (len(trainer.batches) - 1)
+    first_of_epoch = [True] + [False] * (len(trainer.reader.batches) - 1)
     assert seen == [*first_of_epoch, True, False]
 
 
@@ -223,8 +223,8 @@ def test_accumulated_step_is_the_step_on_the_mean_loss(make: Make, corpus: Corpu
     torch.manual_seed(config.seed)
     reference = build_model(config, corpus.tokenizer.size)
     optimizer = make_optimizer(reference, config.optim)
-    first = reference(*trainer.batches[0])
-    second = reference(*trainer.batches[1], first.memory)
+    first = reference(*trainer.reader.batches[0])
+    second = reference(*trainer.reader.batches[1], first.memory)
     (0.5 * first.nll.mean() + 0.5 * second.nll.mean()).backward()
     optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = learning_rate(0, config.optim)
     optimizer.step()

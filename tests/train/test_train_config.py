@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from equilibria.cli.train import TrainOptions
 from equilibria.recipes import RECIPES
 from equilibria.solution import UserError
 from equilibria.train.config import (
@@ -17,6 +18,7 @@ from equilibria.train.config import (
     SampleConfig,
     SolveConfig,
     TransformerModel,
+    TrellisModel,
     changed_fields,
     from_json,
     load_config,
@@ -54,6 +56,8 @@ def test_every_value_survives_json():
         ("optim", "steps", 0, "--steps is 0"),
         ("solver", "method", "newton", "newton"),
         ("model", "d_model", None, "d_model"),
+        ("model", "family", "lstm", "transformer or trellisnet"),
+        ("model", "d_hidden", 3, "d_hidden"),
     ],
 )
 def test_wrong_json_is_named(group: str, key: str, value: Any, named: str):
@@ -62,6 +66,12 @@ def test_wrong_json_is_named(group: str, key: str, value: Any, named: str):
     with pytest.raises(UserError, match=named) as caught:
         from_json(values, "config.json")
     assert str(caught.value).startswith("config.json ")
+
+
+def test_json_names_the_family():
+    families = {name: to_json(RECIPES[name]())["model"]["family"] for name in RECIPES}
+    assert families["quickstart"] == "transformer"
+    assert families["wikitext-103-trellisnet"] == "trellisnet"
 
 
 def test_unreadable_json_is_a_user_error(tmp_path: Path):
@@ -88,6 +98,13 @@ def test_unreadable_json_is_a_user_error(tmp_path: Path):
         (TransformerModel, {"d_model": 3, "n_head": 3}),
         (TransformerModel, {"dropout": 1.0}),
         (TransformerModel, {"depth": 0}),
+        (TransformerModel, {"attention_dropout": -0.1}),
+        (TrellisModel, {"d_hidden": 0}),
+        (TrellisModel, {"weight_dropout": 1.0}),
+        (SolveConfig, {"backward_rtol": 0.0, "backward_atol": 0.0}),
+        (SolveConfig, {"eval_rtol": 0.0, "eval_atol": 0.0}),
+        (SolveConfig, {"max_evals_delta": 16}),
+        (SolveConfig, {"backward_method": "picard", "backward": "phantom"}),
         (SolveConfig, {"rtol": 0.0, "atol": 0.0}),
         (SolveConfig, {"damping": 0.0}),
         (SolveConfig, {"max_evals": 0}),
@@ -103,9 +120,10 @@ def test_values_out_of_range_name_the_option(kind: type, values: dict[str, Any])
 
 
 def test_option_names_are_unique_across_groups():
-    groups = (RunConfig, TransformerModel, SolveConfig, DataConfig, OptimConfig, SampleConfig)
-    names = [item.name for group in groups for item in dataclasses.fields(group)]
-    assert len(names) == len(set(names))
+    for model in (TransformerModel, TrellisModel):
+        groups = (TrainOptions, RunConfig, model, SolveConfig, DataConfig, OptimConfig, SampleConfig)
+        names = [item.name for group in groups for item in dataclasses.fields(group)]
+        assert len(names) == len(set(names))
 
 
 def test_changed_fields_of_a_resumed_run():
@@ -113,7 +131,8 @@ def test_changed_fields_of_a_resumed_run():
     assert changed_fields(old, old, FIXED_ON_RESUME) == []
     longer = dataclasses.replace(old, optim=dataclasses.replace(old.optim, steps=9999, lr=1.0))
     assert changed_fields(old, longer, FIXED_ON_RESUME) == []
-    wider = dataclasses.replace(old, model=dataclasses.replace(old.model, d_model=2 * old.model.d_model))
+    assert isinstance(old.model, TransformerModel)
+    wider = dataclasses.replace(old, model=dataclasses.replace(old.model, d_model=2 * old.model.d_model, dropout=0.3))
     assert changed_fields(old, wider, FIXED_ON_RESUME) == [f"d_model {old.model.d_model} -> {2 * old.model.d_model}"]
 
 
