@@ -14,7 +14,8 @@ def scaled(config: RunConfig, scale: float) -> RunConfig:
     """The run with its widths, its batch and all its numbers of steps multiplied by `scale`.
 
     Widths are rounded to what their model can have: `d_model` to an even multiple of the heads, and `div_val` is lowered
-    where it would leave no width to the rarest words. Lengths, clusters, dropouts, rates, tolerances and the corpus stay as they are. So any recipe can be tried on a laptop.
+    where it would leave no width to the rarest words. Lengths, clusters, dropouts, rates, tolerances and the corpus stay
+    as they are. So any recipe can be tried on a laptop.
 
     >>> from equilibria.recipes.laptop import quickstart
     >>> scaled(quickstart(), 0.5).model.d_model

@@ -54,7 +54,7 @@ def plot_evaluations(path: Path, rows: Rows, *, budget: int, twin_depth: int | N
 def plot_residual(path: Path, traces: Mapping[str, Tensor], *, chosen: str, rtol: float) -> None:
     """Residual against solver step on one batch, for each method: the median over samples, the range for `chosen`.
 
-    The line at `rtol` shows where a solve of evaluation ends.
+    The line at `rtol` shows where a solve of evaluation ends; 0, as where the test is absolute, draws none.
 
     `traces` maps the name of a method to ‖f(z) - z‖ / ‖f(z*)‖ (steps, B), the first row at the start of the solve.
     """
@@ -77,7 +77,8 @@ def plot_residual(path: Path, traces: Mapping[str, Tensor], *, chosen: str, rtol
         if is_chosen:
             low, high = values.amin(dim=1).numpy(), values.amax(dim=1).numpy()
             axes.fill_between(steps, low, high, color=COLOURS.get(method, GREY), alpha=0.15, linewidth=0)
-    axes.axhline(rtol, color=GREY, linestyle=":", label=f"tolerance ({rtol:g})")
+    if rtol:
+        axes.axhline(rtol, color=GREY, linestyle=":", label=f"tolerance ({rtol:g})")
     _save(figure, axes, path)
 
 
