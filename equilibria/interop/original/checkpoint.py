@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from equilibria.solution import UserError
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_FOLDER = 0x10  # attribute of an entry in an archive
 _REMEDY = "give a file written by torch.save(model.state_dict())"
 
 
@@ -29,6 +31,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """
     _check_container(path)
     try:
+        _check_sums(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own doing, on old containers
             loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -54,6 +57,22 @@ def _check_container(path: Path) -> None:
         raise UserError(f"{path} is not a file of torch.save; {_REMEDY}")
 
 
+def _check_sums(path: Path) -> None:
+    """An archive must hold what was written, which PyTorch does not check. The legacy container has no checksums."""
+    with path.open("rb") as file:
+        if file.read(len(_ZIP)) != _ZIP:
+            return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise zipfile.BadZipFile("torch.save compresses nothing")
+        if any(entry.external_attr & _FOLDER for entry in entries):  # PyTorch would give memory as it finds it
+            raise zipfile.BadZipFile("torch.save has no folders")
+        wrong = archive.testzip()
+    if wrong is not None:
+        raise zipfile.BadZipFile(f"the checksum of {wrong} is wrong")
+
+
 def _reason(error: Exception) -> str:
     text = str(error)
     match = re.search(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.]+)", text)
@@ -64,7 +83,8 @@ def _reason(error: Exception) -> str:
         )
     if "TorchScript" in text:
         return f"it is a TorchScript archive; {_REMEDY}"
-    return f"it is damaged, or not a file of torch.save ({type(error).__name__}); {_REMEDY}"
+    what = text if isinstance(error, zipfile.BadZipFile) else type(error).__name__
+    return f"it is damaged, or not a file of torch.save ({what[:100]}); {_REMEDY}"
 
 
 def _checked(loaded: Any, path: Path) -> dict[str, Tensor]:

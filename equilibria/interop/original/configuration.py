@@ -218,9 +218,9 @@ def _trellisnet(reader: Reader, as_released: bool) -> tuple[TrellisShape, int]:
     decoder = "softmax.prior.weight" if n_experts else "softmax.weights.0"
     d_output = reader.size(decoder, dims=2)[1]
     if d_output >= state:
+        theirs = original_name(decoder, "trellisnet")
         raise UserError(
-            f"{original_name(decoder, 'trellisnet')} reads {d_output} channels, but trellisnet.func.full_conv has {state} in "
-            "all, and some of them must be hidden"
+            f"{theirs} reads {d_output} channels, but trellisnet.func.full_conv has {state}, some of them hidden"
         )
     for option, value in (
         *(("n_token", n_token), ("d_embed", d_embed), ("nhid", state - d_output), ("nout", d_output)),

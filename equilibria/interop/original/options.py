@@ -14,33 +14,33 @@ class OriginalOptions:
 
     # What no tensor tells
     tgt_len: int | None = None
-    """Transformer: tokens of each lane in one segment (default: 150)."""
+    """Transformer: tokens of each lane in one segment; None: 150."""
     mem_len: int | None = None
-    """Transformer: positions of earlier segments that a segment sees (default: 150)."""
+    """Transformer: positions of earlier segments that a segment sees; None: 150."""
     local_size: int | None = None
-    """Transformer: how many positions one position sees, itself included; 0 is, as in the original, 1000 (default: 0)."""
+    """Transformer: how many positions one position sees, itself included; None or 0: 1000, as in the original."""
     pre_lnorm: bool = False
-    """Transformer: layer norm before attention and feed-forward instead of after them (default: after)."""
+    """Transformer: layer norm before attention and feed-forward instead of after them."""
     dropatt: float | None = None
-    """Transformer: dropout of attention weights, which the code of 2019 never applies (default: 0)."""
+    """Transformer: dropout of attention weights, which the code of 2019 never applies; None: 0."""
     seq_len: int | None = None
-    """TrellisNet: tokens of each lane in one segment (default: 100)."""
+    """TrellisNet: tokens of each lane in one segment; None: 100."""
     dilation: int | None = None
-    """TrellisNet: positions from one tap of the convolution to the next (default: 1)."""
+    """TrellisNet: positions from one tap of the convolution to the next; None: 1."""
     emb_dropout: float | None = None
-    """TrellisNet: dropout of words, for further training (default: 0)."""
+    """TrellisNet: dropout of words, for further training; None: 0."""
     dropouti: float | None = None
-    """TrellisNet: dropout of word vectors (default: 0)."""
+    """TrellisNet: dropout of word vectors; None: 0."""
     dropouth: float | None = None
-    """TrellisNet: dropout of the state inside the convolution (default: 0)."""
+    """TrellisNet: dropout of the state inside the convolution; None: 0."""
     dropoutl: float | None = None
-    """TrellisNet: dropout of the vectors of a mixture of softmaxes (default: 0)."""
+    """TrellisNet: dropout of the vectors of a mixture of softmaxes; None: 0."""
     wdrop: float | None = None
-    """TrellisNet: dropout of weights (default: 0)."""
+    """TrellisNet: dropout of weights; None: 0."""
     dropout: float | None = None
-    """Dropout of the Transformer, or of TrellisNet's output, for further training (default: 0)."""
+    """Dropout of the Transformer, or of TrellisNet's output, for further training; None: 0."""
     subseq_len: int | None = None
-    """Solve a segment in pieces of this length; 0 for the whole segment at once (default: 0)."""
+    """Solve a segment in pieces of this length; None or 0: the whole segment at once."""
     cutoffs: tuple[int, ...] | None = None
     """First ids of the clusters of rarer words. The tensors tell, but for a Transformer with clusters and --div-val 1, and
     for a TrellisNet that was trained with a split softmax: the original does not save the vectors of its clusters, which

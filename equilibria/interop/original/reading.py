@@ -16,7 +16,8 @@ class Reader:
     """Looks at tensors and options, and keeps account of what was found and what assumed."""
 
     def __init__(self, named: Mapping[str, Tensor], given: dict[str, object], family: Family) -> None:
-        self.named, self.given, self.family = named, given, family
+        self.named, self.given = named, given
+        self.family: Family = family
         self.found: dict[str, object] = {}
         self.assumed: dict[str, object] = {}
 
