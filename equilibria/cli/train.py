@@ -50,8 +50,8 @@ def train_command(argv: Sequence[str]) -> int:
         return 0
     recipe, rest = argv[0], argv[1:]
     if recipe not in RECIPES:
-        close = difflib.get_close_matches(recipe, RECIPES, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"choose {', '.join(RECIPES)}"
+        close = [name for name in RECIPES if name.startswith(recipe)] or difflib.get_close_matches(recipe, RECIPES, n=1)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"choose {', '.join(RECIPES)}"
         raise UserError(f"there is no recipe {recipe}; {hint} (see equilibria train)")
     scale = _scale(rest)
     options = _parse(recipe, rest, scaled(RECIPES[recipe](), scale))

@@ -27,7 +27,9 @@ def test_unknown_command(failure: Failure):
 
 
 def test_unknown_recipe(failure: Failure):
-    assert "there is no recipe wikitext; did you mean wikitext-2?" in failure("train", "wikitext")
+    message = failure("train", "penn-treebank")
+    assert "did you mean penn-treebank-transformer or penn-treebank-trellisnet or penn-treebank-char?" in message
+    assert "there is no recipe quikstart; did you mean quickstart?" in failure("train", "quikstart")
     assert "choose quickstart" in failure("train", "zzz")
 
 

@@ -3,85 +3,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import random
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from small_runs import CONFIG, Make, losses, weights, with_optim
 from torch import nn
 
-from equilibria.data import BytePair, Corpus, Split
+from equilibria.data import Corpus, Split
 from equilibria.recipes.build import build_model
 from equilibria.solution import NonFiniteError, UserError
-from equilibria.train.config import DataConfig, OptimConfig, RunConfig, SolveConfig, TransformerModel
 from equilibria.train.interrupt import Interrupted, StopRequest
 from equilibria.train.loop import Trainer
 from equilibria.train.optimizer import make_optimizer
 from equilibria.train.run_folder import RunFolder, read_metrics
 from equilibria.train.schedule import learning_rate
-
-CONFIG = RunConfig(
-    recipe="text",
-    model=TransformerModel(d_model=8, n_head=2, d_inner=16, mem_len=6, dropout=0.1),
-    solver=SolveConfig(max_evals=5, backward_max_evals=4),
-    data=DataConfig(corpus="text"),
-    # 14 steps of 5 tokens in each of 3 lanes pass the end of the 160-token text once
-    optim=OptimConfig(lr=1e-2, warmup_steps=3, steps=14, batch_size=3, length=5, pretrain_steps=3, pretrain_depth=2),
-    eval_every=4,
-    log_every=1,
-    eval_batch_size=2,
-)
-
-
-def with_optim(**changes: Any) -> RunConfig:
-    return dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, **changes))
-
-
-@pytest.fixture(scope="module")
-def corpus() -> Corpus:
-    draw = random.Random(0)
-    text = "".join(draw.choice("abcd ") for _ in range(400))
-    tokenizer = BytePair.train(text, 256)
-
-    def split(begin: int, end: int) -> Split:
-        return Split(torch.tensor(tokenizer.encode(text[begin:end])), end - begin)
-
-    return Corpus("text", split(0, 160), split(160, 240), split(240, 320), tokenizer, text[240:320])
-
-
-Make = Callable[..., Trainer]
-
-
-@pytest.fixture
-def make(corpus: Corpus, tmp_path: Path) -> Make:
-    """Builds the trainer of a run in a folder below the test's own, resuming if that holds a checkpoint."""
-
-    def build(config: RunConfig = CONFIG, name: str = "run", **options: Any) -> Trainer:
-        folder = RunFolder(tmp_path / name)
-        torch.manual_seed(config.seed)
-        model = build_model(config, corpus.tokenizer.size)
-        options.setdefault("stop", StopRequest())
-        trainer = Trainer(model, options.pop("corpus", corpus), config, folder, **options)
-        folder.store_config(config)
-        return trainer
-
-    return build
-
-
-def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return load_file(trainer.folder.checkpoint / "model.safetensors")
-
-
-def losses(trainer: Trainer) -> dict[int, tuple[float, ...]]:
-    """Everything in the metrics that does not depend on the clock."""
-    found: dict[int, tuple[float, ...]] = {}
-    for row in read_metrics(trainer.folder.metrics):
-        values = (value for key, value in sorted(row.items()) if key not in ("seconds", "step", "train/tokens_per_second"))
-        found[row["step"]] = found.get(row["step"], ()) + tuple(values)
-    return found
 
 
 class StopAfter(StopRequest):

@@ -1,0 +1,45 @@
+"""Runs that train in seconds, and what they leave."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from equilibria.train.config import DataConfig, OptimConfig, RunConfig, SolveConfig, TransformerModel
+from equilibria.train.loop import Trainer
+from equilibria.train.run_folder import read_metrics
+
+Make = Callable[..., Trainer]
+
+CONFIG = RunConfig(
+    recipe="text",
+    model=TransformerModel(d_model=8, n_head=2, d_inner=16, mem_len=6, dropout=0.1),
+    solver=SolveConfig(max_evals=5, backward_max_evals=4),
+    data=DataConfig(corpus="text"),
+    # 14 steps of 5 tokens in each of 3 lanes pass the end of the 160-token text once
+    optim=OptimConfig(lr=1e-2, warmup_steps=3, steps=14, batch_size=3, length=5, pretrain_steps=3, pretrain_depth=2),
+    eval_every=4,
+    log_every=1,
+    eval_batch_size=2,
+)
+
+
+def with_optim(**changes: Any) -> RunConfig:
+    return dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, **changes))
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return load_file(trainer.folder.checkpoint / "model.safetensors")
+
+
+def losses(trainer: Trainer) -> dict[int, tuple[float, ...]]:
+    """Everything in the metrics that does not depend on the clock."""
+    found: dict[int, tuple[float, ...]] = {}
+    for row in read_metrics(trainer.folder.metrics):
+        values = (value for key, value in sorted(row.items()) if key not in ("seconds", "step", "train/tokens_per_second"))
+        found[row["step"]] = found.get(row["step"], ()) + tuple(values)
+    return found

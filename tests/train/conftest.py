@@ -1,0 +1,46 @@
+"""The text and the trainers of these tests."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import CONFIG, Make
+
+from equilibria.data import BytePair, Corpus, Split
+from equilibria.recipes.build import build_model
+from equilibria.train.config import RunConfig
+from equilibria.train.interrupt import StopRequest
+from equilibria.train.loop import Trainer
+from equilibria.train.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    draw = random.Random(0)
+    text = "".join(draw.choice("abcd ") for _ in range(400))
+    tokenizer = BytePair.train(text, 256)
+
+    def split(begin: int, end: int) -> Split:
+        return Split(torch.tensor(tokenizer.encode(text[begin:end])), end - begin)
+
+    return Corpus("text", split(0, 160), split(160, 240), split(240, 320), tokenizer, text[240:320])
+
+
+@pytest.fixture
+def make(corpus: Corpus, tmp_path: Path) -> Make:
+    """Builds the trainer of a run in a folder below the test's own, resuming if that holds a checkpoint."""
+
+    def build(config: RunConfig = CONFIG, name: str = "run", **options: Any) -> Trainer:
+        folder = RunFolder(tmp_path / name)
+        torch.manual_seed(config.seed)
+        model = build_model(config, corpus.tokenizer.size)
+        options.setdefault("stop", StopRequest())
+        trainer = Trainer(model, options.pop("corpus", corpus), config, folder, **options)
+        folder.store_config(config)
+        return trainer
+
+    return build
