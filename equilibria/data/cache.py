@@ -8,12 +8,14 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from equilibria.data.tokenizer import load_tokenizer
 from equilibria.data.vocabulary import Vocabulary
@@ -21,6 +23,7 @@ from equilibria.data.word_ids import IDS, WordStyle, in_memory, number_words
 from equilibria.solution import UserError
 
 LARGE = 1 << 26  # bytes of text; below, numbering the words anew takes a second or two
+DAY = 86_400.0  # seconds
 FORMAT = 1  # of a folder of numbered words
 NAMES = ("train.int32", "valid.int32", "test.int32")
 
@@ -44,11 +47,15 @@ def cache_folder() -> Path:
 def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to fill that becomes `target` at the end of the block, whole, and disappears if that raises.
 
+    A process that is killed leaves a hidden folder beside `target`, which a later call deletes after a day.
     With `replace`, a `target` that is there is deleted; otherwise it stays, as when another process made it meanwhile.
     Raises UserError where the cache cannot be written.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        for stale in target.parent.glob(f".{target.name}-*"):
+            if stale.stat().st_mtime < time.time() - DAY:
+                shutil.rmtree(stale, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
         raise UserError(
@@ -84,24 +91,30 @@ def numbered_words(paths: Sequence[Path], style: WordStyle, *, large: int = LARG
     if not folder.is_dir():
         with new_folder(folder) as scratch, contextlib.ExitStack() as stack:
             outs = [stack.enter_context((scratch / name).open("w+b")) for name in NAMES]
-            vocabulary = number_words(paths, style, outs)
+            bar = stack.enter_context(_bar(paths))
+            vocabulary = number_words(paths, style, outs, bar.update)
             vocabulary.save(scratch)
             sizes = {name: out.seek(0, os.SEEK_END) for name, out in zip(NAMES, outs, strict=True)}
             (scratch / "sizes.json").write_text(json.dumps(sizes))
     return _read(folder)
 
 
+def _bar(paths: Sequence[Path]) -> tqdm:
+    """Shown on a terminal only."""
+    size = sum(path.stat().st_size for path in paths)
+    return tqdm(total=size, unit="B", unit_scale=True, desc="numbering the words, once", disable=None)
+
+
 def _read(folder: Path) -> tuple[list[Tensor], Vocabulary]:
-    vocabulary = load_tokenizer(folder)
-    assert isinstance(vocabulary, Vocabulary)
-    sizes: dict[str, int] = {}
+    damaged = UserError(f"the kept text in {folder} is damaged; delete that folder, and it will be made again")
     try:
+        vocabulary = load_tokenizer(folder)
         sizes = json.loads((folder / "sizes.json").read_text())
         whole = all((folder / name).stat().st_size == sizes[name] for name in NAMES)
-    except (OSError, ValueError, KeyError):
-        whole = False
-    if not whole:
-        raise UserError(f"the kept text in {folder} is damaged; delete that folder, and it will be made again")
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        raise damaged from None
+    if not whole or not isinstance(vocabulary, Vocabulary):
+        raise damaged
     return [
         # A private map: pages are read when they are needed, and writing to them would not reach the file.
         torch.from_file(str(folder / name), shared=False, size=sizes[name] // IDS.itemsize, dtype=torch.int32)

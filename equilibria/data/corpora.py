@@ -79,7 +79,7 @@ def published_corpus(name: str, data_dir: str | Path | None = None, *, original_
     | wikitext-103 | 103,227,021 / 217,646 / 245,569 | 267,735 words |
     | wikitext-2 | 2,088,628 / 217,646 / 245,569 | 33,278 words |
     | penn-treebank | 929,589 / 73,760 / 82,430 | 10,000 words |
-    | penn-treebank-char | 5,017,482 / 393,042 / 442,423 | 50 characters; '_' stands between words |
+    | penn-treebank-char | 5,017,482 / 393,042 / 442,423 | 50 characters, written apart: t h e _ c a t |
     | enwik8 | 90,000,000 / 5,000,000 / 5,000,000 | 256 bytes; a byte's id is its value |
     | text8 | 90,000,000 / 5,000,000 / 5,000,000 | 27: space, a to z |
 

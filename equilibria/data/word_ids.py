@@ -16,6 +16,9 @@ from equilibria.solution import UserError
 CHUNK = 1 << 22  # bytes of text, or ids, that are in memory at a time; a chunk's words take some twenty times as much
 IDS = np.dtype("<i4")  # how ids stand in files
 
+Advance = Callable[[int], None]
+"""Is told how many bytes more of a text are done."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WordStyle:
@@ -27,6 +30,10 @@ class WordStyle:
     """Whether case is folded."""
     end_of_line: bool = True
     """Whether every line, an empty one too, ends with `<eos>`."""
+
+    def __post_init__(self) -> None:
+        if self.counted not in ("train", "all"):
+            raise ValueError(f"WordStyle(counted={self.counted!r}): counted must be 'train' or 'all'")
 
 
 ORIGINAL_STYLES = {
@@ -47,13 +54,15 @@ class _FirstMet(dict[str, int]):
         return number
 
 
-def number_words(paths: Sequence[Path], style: WordStyle, outs: Sequence[BinaryIO]) -> Vocabulary:
+def number_words(
+    paths: Sequence[Path], style: WordStyle, outs: Sequence[BinaryIO], advance: Advance = lambda count: None
+) -> Vocabulary:
     """Writes the ids of the words of three files, train first, as little-endian int32, and returns their vocabulary.
 
     Words are numbered as they are first met, counted, and then renumbered: `<eos>` first, then by descending count,
     those of equal count in the order of their first appearance. That is `Vocabulary.build`, in one pass over the text.
-    `outs` are empty files opened to be read and written. Raises UserError for a text that is empty or not UTF-8 and for
-    a word that was not counted.
+    `outs` are empty files opened to be read and written; `advance` is told what was read. Raises UserError for a text
+    that is empty or not UTF-8 and for a word that was not counted.
     """
     met = _FirstMet()
     counts = np.zeros(0, np.int64)
@@ -63,7 +72,7 @@ def number_words(paths: Sequence[Path], style: WordStyle, outs: Sequence[BinaryI
         counting = style.counted == "all" or path is paths[0]
         # Without the method that numbers new words, a new word is a KeyError.
         number = met.__getitem__ if counting else dict(met).__getitem__
-        for words in _words(path, style):
+        for words in _words(path, style, advance):
             ids = _numbers(words, number, path)
             out.write(ids.tobytes())
             if counting:
@@ -81,8 +90,8 @@ def number_words(paths: Sequence[Path], style: WordStyle, outs: Sequence[BinaryI
     return Vocabulary([words[i] for i in order], end_of_line=style.end_of_line, lower_case=style.lower_case)
 
 
-def text_chunks(path: Path, size: int = CHUNK) -> Iterator[str]:
-    """A file as pieces of whole lines. Raises UserError if it is not UTF-8 or has nothing but white space."""
+def text_chunks(path: Path, size: int = CHUNK, *, advance: Advance = lambda count: None) -> Iterator[str]:
+    """A file as pieces of whole lines, of about `size` bytes. Raises UserError if it is not UTF-8 or has no words."""
     empty, lines = True, 0
     with path.open("rb") as file:
         while raw := file.read(size):
@@ -96,6 +105,7 @@ def text_chunks(path: Path, size: int = CHUNK) -> Iterator[str]:
             lines += raw.count(b"\n")
             empty = empty and not text.strip()
             yield text
+            advance(len(raw))
     if empty:
         raise UserError(f"{path} is empty; put text into it")
 
@@ -105,8 +115,8 @@ def in_memory() -> list[BinaryIO]:
     return [io.BytesIO() for _ in range(3)]
 
 
-def _words(path: Path, style: WordStyle) -> Iterator[list[str]]:
-    for text in text_chunks(path):
+def _words(path: Path, style: WordStyle, advance: Advance) -> Iterator[list[str]]:
+    for text in text_chunks(path, advance=advance):
         if style.lower_case:
             text = text.lower()
         if style.end_of_line:

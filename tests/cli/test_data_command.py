@@ -106,5 +106,5 @@ def test_without_a_network_one_line_says_what_to_do(
 
 
 def test_a_corpus_that_is_not_here_says_how_to_get_it(failure: Failure, tmp_path: Path) -> None:
-    message = failure("train", "wikitext-2", "--run-dir", tmp_path / "run")
-    assert "--data-dir" in message
+    message = failure("train", "wikitext-2-transformer", "--run-dir", tmp_path / "run")
+    assert "fetch it with: equilibria data get wikitext-2, or name with --data-dir a folder" in message

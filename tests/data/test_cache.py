@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -111,9 +112,13 @@ def test_what_fails_leaves_nothing_and_what_is_damaged_is_named(cached: Path, tm
     paths = write(tmp_path, "a b\n", "a\n", "b\n")
     word_corpus("x", paths, large=0)
     (kept,) = cached.iterdir()
-    (kept / "valid.int32").write_bytes(b"1234")
-    with pytest.raises(UserError, match=r"kept text in .* is damaged; delete that folder"):
-        word_corpus("x", paths, large=0)
+    for name in ("valid.int32", "sizes.json", "tokenizer.json"):
+        content = (kept / name).read_bytes()
+        (kept / name).write_bytes(b"1234")
+        with pytest.raises(UserError, match=r"kept text in .* is damaged; delete that folder"):
+            word_corpus("x", paths, large=0)
+        (kept / name).write_bytes(content)
+    word_corpus("x", paths, large=0)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +158,21 @@ def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
         (scratch / "file").write_text("third")
     assert (tmp_path / "deep" / "target" / "file").read_text() == "third"
     assert len(list((tmp_path / "deep").iterdir())) == 1
+
+
+def test_what_a_killed_process_left_goes_after_a_day(tmp_path: Path) -> None:
+    for name, age in [(".target-old", 2 * 86_400), (".target-new", 60), (".other-old", 2 * 86_400)]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("half")
+        os.utime(tmp_path / name, times=(time.time(), time.time() - age))
+    with new_folder(tmp_path / "target"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"target", ".target-new", ".other-old"}
+
+
+def test_misuse() -> None:
+    with pytest.raises(ValueError, match="counted must be 'train' or 'all'"):
+        WordStyle(counted="valid")  # pyright: ignore[reportArgumentType]
 
 
 def test_a_line_that_is_not_utf8_is_counted_over_chunks(tmp_path: Path) -> None:
