@@ -130,5 +130,5 @@ def _fingerprint(*tensors: Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         for piece in tensor.reshape(-1).split(PIECE):  # so that a memory-mapped text is never whole in memory
-            digest.update(piece.to("cpu", torch.int64).contiguous().numpy())
+            digest.update(piece.to("cpu", torch.int64).contiguous().numpy().data)
     return digest.hexdigest()
