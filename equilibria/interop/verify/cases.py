@@ -108,6 +108,12 @@ class Case:
 
     def faults(self) -> list[str]:
         """Files that the manifest or the config lists and that are missing or not what they were."""
+        if not self.has("config.json"):
+            return ["config.json is missing"]
+        try:
+            _ = self.config
+        except ValueError as error:
+            return [f"config.json cannot be read: {error}"]
         if self.entry is None:
             listed = self.config.get("files", [])
             return [f"{name} is missing" for name in listed if not self.has(name)]

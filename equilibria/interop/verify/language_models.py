@@ -23,7 +23,9 @@ from equilibria.stopping import Stopping
 
 M = TypeVar("M", bound=EquilibriumLM)
 
-FLOOR = 2e-7
+BUDGET = 1000
+"""Evaluations of a solve that is to be tight."""
+FLOOR, FLOOR_BUDGET = 2e-7, 150
 """Relative residual at which solves in float32 may stop; many rest above it, and spend their budget."""
 
 
@@ -34,11 +36,10 @@ def prepare(model: M, state: Mapping[str, Tensor], dtype: torch.dtype, limits: L
     """
     model.double().load_state_dict(state)
     tight = bool(limits["how"])
-    rtol = 0.5 * limits["how"][0] if tight else FLOOR
-    backward = Stopping(rtol=rtol, atol=0.0, max_evals=1000 if tight else 100)
-    model.deq.solver = Broyden(history=300)
-    model.deq.stopping = Stopping(rtol=rtol, atol=0.0, max_evals=1000 if tight else 150)
-    model.deq.adjoint = Implicit(solver=GMRES(), stopping=backward)
+    rtol, budget = (0.5 * limits["how"][0], BUDGET) if tight else (FLOOR, FLOOR_BUDGET)
+    stopping = Stopping(rtol=rtol, atol=0.0, max_evals=budget)
+    model.deq.solver, model.deq.stopping = Broyden(history=300), stopping
+    model.deq.adjoint = Implicit(solver=GMRES(), stopping=stopping)
     model.deq.raise_nonfinite = tight
     return model.to(dtype)
 
