@@ -39,7 +39,7 @@ class GenerateOptions:
     seed: int = 0
     """Seed of the draws."""
     cache: bool = True
-    """Keep the keys and values of solved positions; --no-cache solves the whole text again for every token."""
+    """Keep what a new position needs of those before it; --no-cache solves the whole text again for every token."""
     compare: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Generate once more the other way, and print the speed of both."""
 
@@ -144,7 +144,7 @@ def _collect(ids: Iterator[int], into: list[int]) -> Iterator[int]:
 
 
 def _print_speed(cache: bool, tokens: int, seconds: float) -> None:
-    way = "with cached keys and values" if cache else "solving the whole text again"
+    way = "with solved positions kept" if cache else "solving the whole text again"
     _note(f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} tokens/s {way}")
 
 

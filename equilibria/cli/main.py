@@ -1,6 +1,6 @@
 """Entry of the command `equilibria`: picks the subcommand and turns errors into one line and an exit code.
 
-Nothing heavy is imported before it is needed, so that help comes at once.
+Nothing heavy but PyTorch, which the package itself imports, is imported before it is needed.
 """
 
 from __future__ import annotations

@@ -203,7 +203,9 @@ class Trainer:
             checkpoint.save_checkpoint(
                 self.folder.best, {"step": state.step, "config": to_json(self.config)}, self._plain_model()
             )
-        coded = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.3f} bits per byte, "
+        coded = f"loss {result.nll:.3g}, "
+        if result.bits_per_byte is not None:
+            coded = f"{result.bits_per_byte:.3f} bits per byte, "
         progress.note(f"step {state.step}/{self.last_step}  validation: {coded}perplexity {result.perplexity:.1f}")
 
     def evaluate(self, split: str, *, depth: int | None = None) -> Evaluation:

@@ -26,6 +26,12 @@ def test_unknown_command(failure: Failure):
     assert "choose train, eval, generate" in failure("xyz")
 
 
+def test_scale_is_checked_and_not_for_resumed_runs(failure: Failure, trained: Path):
+    assert "--scale is 0.0; give a number above zero" in failure("train", "quickstart", "--scale", "0")
+    assert "--scale" in failure("train", "quickstart", "--scale", "big")
+    assert "leave --scale out" in failure("train", "text", "--resume", "--run-dir", trained, "--scale=0.5")
+
+
 def test_unknown_recipe(failure: Failure):
     message = failure("train", "penn-treebank")
     assert "did you mean penn-treebank-transformer or penn-treebank-trellisnet or penn-treebank-char?" in message

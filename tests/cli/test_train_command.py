@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from equilibria.cli.evaluate import EvalOptions, evaluate_run
 from equilibria.cli.load import load_run
 from equilibria.cli.main import main
 from equilibria.data import load_tokenizer
-from equilibria.train.config import TransformerModel, load_config
+from equilibria.train.config import TransformerModel, TrellisModel, load_config
 from equilibria.train.run_folder import read_metrics
 
 
@@ -141,6 +142,59 @@ def test_new_runs_do_not_touch_old_ones(text_dir: Path, small: list[str], tmp_pa
     assert load_config(tmp_path / "runs/text/config.json").optim.steps == 1
     assert [row["step"] for row in read_metrics(tmp_path / "runs/text-2/metrics.jsonl") if "train/loss" in row] == [1, 2]
     assert not (tmp_path / "runs/text/twin").exists()
+
+
+def test_trellisnet_trains_evaluates_and_writes(
+    text_dir: Path, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = tmp_path / "trellis"
+    options = [option for pair in zip(small[::2], small[1::2], strict=True) for option in pair
+               if pair[0] not in ("--d-model", "--d-inner", "--n-head", "--mem-len")]  # fmt: skip
+    argv = ["train", "wikitext-103-trellisnet", "--scale", "0.01", "--corpus", "text", "--data-dir", str(text_dir)]
+    argv += ["--cutoffs", "100", "200", "--subseq-len", "5", "--twin", "--run-dir", str(run), *options]
+    assert main(argv) == 0
+    config = load_config(run / "config.json")
+    assert isinstance(config.model, TrellisModel)
+    assert (config.model.d_hidden, config.model.d_embed, config.optim.steps) == (15, 5, 6)
+    assert load_config(run / "twin" / "config.json").model == dataclasses.replace(config.model, depth=2)
+    assert (run / "plots" / "residual.png").is_file()
+    before = (run / "metrics.jsonl").read_bytes()
+    assert main(["train", "wikitext-103-trellisnet", "--resume", "--run-dir", str(run)]) == 0
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert main(["eval", str(run)]) == 0
+    capsys.readouterr()
+    texts = []
+    for way in ("--cache", "--no-cache"):
+        assert main(["generate", str(run), "--prompt", "the cat", "--tokens", "6", "--temperature", "0", way]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+
+
+def test_copy_memory_needs_no_files_and_leaves_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = tmp_path / "copy"
+    argv = ["train", "copy-memory", "--delay", "2", "--length", "22", "--d-model", "8", "--steps", "3", "--max-evals", "4"]
+    argv += ["--pretrain-steps", "1", "--eval-max-evals", "4", "--max-eval-steps", "2", "--eval-batch-size", "500"]
+    assert main([*argv, "--run-dir", str(run)]) == 0
+    screen = capsys.readouterr().out
+    assert "nats per token" in screen
+    assert "bits per byte" not in screen
+    assert "generate" not in screen
+    assert not (run / "sample.txt").exists()
+    assert main(["eval", str(run)]) == 0
+    assert "bits per byte" not in capsys.readouterr().out
+
+
+def test_help_lists_the_options_of_one_family(capsys: pytest.CaptureFixture[str]):
+    for recipe, mine, others in (
+        ("quickstart", "--n-head", "--d-hidden"),
+        ("penn-treebank-trellisnet", "--d-hidden", "--n-head"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["train", recipe, "--help"])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        assert mine in text
+        assert others not in text
 
 
 def test_explicit_model_can_be_trained_alone(text_dir: Path, small: list[str], tmp_path: Path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from equilibria.data import Split
+from equilibria.data import Split, copy_memory
 from equilibria.models.language_model import LMOutput
 from equilibria.solution import Stats, Status
 from equilibria.train.evaluate import evaluate
@@ -64,6 +64,31 @@ def test_means_over_solves():
     assert result.unconverged == pytest.approx(0.5)
     stacked = evaluate(Counter(), Split(torch.arange(103), 206), batch_size=2, length=10, depth=4)
     assert (stacked.evaluations, stacked.residual, stacked.unconverged) == (None, None, None)
+
+
+def test_every_target_weighs_the_same_whatever_its_batch():
+    """Segments of 10, 10, ... and a shorter last one: the mean is over targets, not over segments."""
+    tokens = torch.arange(47)
+    tokens[-2:] += 1  # one wrong step, in the last segment, of 6 targets
+    result = evaluate(Counter(), Split(tokens, text_bytes=47), batch_size=1, length=10)
+    assert result.tokens == 46
+    assert result.nll == pytest.approx((45 * -math.log(0.25) - math.log(0.75)) / 46, rel=1e-6)
+
+
+def test_first_segments_alone_can_be_read():
+    model = Counter()
+    result = evaluate(model, Split(torch.arange(103), text_bytes=103), batch_size=2, length=10, max_steps=2)
+    assert (result.tokens, len(model.memories)) == (40, 2)
+    assert evaluate(model, Split(torch.arange(103), 103), batch_size=2, length=10, max_steps=99).tokens == 100
+
+
+def test_independent_sequences_begin_with_no_memory_and_have_no_bits_per_byte():
+    split = copy_memory(3, train=1, valid=1, test=7).test
+    model = Counter()
+    result = evaluate(model, split, batch_size=3, length=23)
+    assert model.memories == [None, None, None]
+    assert result.tokens == 7 * 23
+    assert result.bits_per_byte is None
 
 
 def test_short_split_is_read_in_fewer_lanes():
