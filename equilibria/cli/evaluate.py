@@ -46,7 +46,7 @@ def eval_command(argv: Sequence[str]) -> int:
 
 def evaluate_run(options: EvalOptions) -> Evaluation:
     """The evaluation that the options ask for."""
-    run = load_run(options.run)
+    run = load_run(options.run, options.data_dir)
     solver = run.config.solver
     if options.rtol is not None:
         solver = dataclasses.replace(solver, eval_rtol=options.rtol)

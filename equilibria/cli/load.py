@@ -14,8 +14,8 @@ from equilibria.data import Corpus, Tokenizer, load_tokenizer
 from equilibria.models import EquilibriumLM
 from equilibria.recipes.build import build_corpus, build_model
 from equilibria.solution import UserError
-from equilibria.train.checkpoint import load_weights, settle_folder
-from equilibria.train.config import MethodName, RunConfig
+from equilibria.train.checkpoint import load_state, load_weights, settle_folder
+from equilibria.train.config import DataConfig, MethodName, RunConfig
 from equilibria.train.evaluate import Evaluation, evaluate
 from equilibria.train.run_folder import RunFolder, open_run
 
@@ -37,8 +37,10 @@ class LoadedRun:
 
     def corpus(self, data_dir: Path | None = None) -> Corpus:
         """The corpus of the run, which must give the same tokens; `data_dir` says where it is now."""
-        data = self.config.data if data_dir is None else dataclasses.replace(self.config.data, data_dir=data_dir)
+        data = _with_data_dir(self.config.data, data_dir)
         corpus = build_corpus(data)
+        if not self.folder.tokenizer.is_dir():  # that of the corpus was taken
+            return corpus
         with tempfile.TemporaryDirectory() as scratch:
             corpus.tokenizer.save(Path(scratch))
             for path in Path(scratch).iterdir():
@@ -62,13 +64,39 @@ class LoadedRun:
         )
 
 
-def load_run(path: Path) -> LoadedRun:
-    """Open a run folder; a UserError says what is wrong with it."""
+def load_run(path: Path, data_dir: Path | None = None) -> LoadedRun:
+    """Open a run folder; a UserError says what is wrong with it.
+
+    A run that was converted without its text has no tokenizer of its own: it is that of the text in `data_dir`.
+    """
     folder = open_run(path)
     config = folder.load_config()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    return LoadedRun(folder=folder, config=config, tokenizer=load_tokenizer(folder.tokenizer))
+    size = None if folder.tokenizer.is_dir() else load_state(folder.best).get("vocab_size")
+    if size is None:
+        tokenizer = load_tokenizer(folder.tokenizer)
+    else:
+        tokenizer = _tokenizer_of(path, _with_data_dir(config.data, data_dir), size)
+    return LoadedRun(folder=folder, config=config, tokenizer=tokenizer)
+
+
+def _tokenizer_of(run: Path, data: DataConfig, size: int) -> Tokenizer:
+    try:
+        tokenizer = build_corpus(data).tokenizer
+    except UserError as error:
+        raise UserError(f"{run} has no tokenizer, for it was converted without its text: {error}") from error
+    if tokenizer.size != size:
+        where = "" if data.data_dir is None else f" in {data.data_dir}"
+        raise UserError(
+            f"the text of {data.corpus}{where} has a vocabulary of {tokenizer.size:,}, but the model of {run} one of "
+            f"{size:,}; use the text that it was trained on"
+        )
+    return tokenizer
+
+
+def _with_data_dir(data: DataConfig, data_dir: Path | None) -> DataConfig:
+    return data if data_dir is None else dataclasses.replace(data, data_dir=data_dir)
 
 
 def device() -> torch.device:

@@ -20,6 +20,7 @@ commands
   eval RUN           measure how well the model of a run predicts text
   generate RUN       continue a text with the model of a run
   data               list, fetch and check data sets
+  convert FILE RUN   turn a checkpoint of the code of Bai, Kolter & Koltun into a run
 
   equilibria train quickstart                            a few minutes on a laptop, no files needed
   equilibria eval runs/quickstart
@@ -29,7 +30,7 @@ commands
 `equilibria --version` prints the version.
 """
 
-COMMANDS = ("train", "eval", "generate", "data")
+COMMANDS = ("train", "eval", "generate", "data", "convert")
 LM_PACKAGES = frozenset(
     {"accelerate", "cattrs", "matplotlib", "numpy", "psutil", "safetensors", "tensorboard", "tokenizers", "tqdm", "tyro"}
 )
@@ -97,6 +98,10 @@ def _dispatch(argv: list[str]) -> int:
         from equilibria.cli.generate import generate_command
 
         return generate_command(rest)
+    if command == "convert":
+        from equilibria.cli.convert import convert_command
+
+        return convert_command(rest)
     if command == "data":
         from equilibria.cli.data import data_command
 
