@@ -46,7 +46,7 @@ class LoadedRun:
             for path in Path(scratch).iterdir():
                 stored = self.folder.tokenizer / path.name
                 if not stored.is_file() or stored.read_bytes() != path.read_bytes():
-                    where = "this Python" if data.data_dir is None else str(data.data_dir)
+                    where = "this installation" if data.data_dir is None else str(data.data_dir)
                     raise UserError(
                         f"the text of {data.corpus} in {where} gives another vocabulary than the one in "
                         f"{self.folder.path}; use the text that the run was trained on"

@@ -3,7 +3,7 @@
 A checkpoint is a folder:
 
     model.safetensors      parameters and buffers; tied ones once
-    optimizer.safetensors  Adam's running means, as "<parameter>/<name>"
+    optimizer.safetensors  what the optimizer keeps of each parameter, as "<parameter>/<name>"
     position.safetensors   the memory carried between segments, and the state of the random generators
     state.json             step, place in the text, totals, configuration, and the SHA-256 of the files above
 """
@@ -115,13 +115,13 @@ def load_weights(folder: Path, model: nn.Module) -> None:
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load Adam's running means."""
+    """Load what the optimizer keeps of each parameter: for Adam, its running means and the number of steps."""
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     for key, tensor in _load_tensors(folder / OPTIMIZER).items():
         name, item = key.rsplit("/", 1)
         parameter = parameters[name]
-        # Adam counts its steps on the CPU; the means live beside the parameter.
+        # Steps are counted on the CPU; all else lives beside the parameter.
         optimizer.state[parameter][item] = tensor if tensor.ndim == 0 else tensor.to(parameter.device)
 
 

@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from equilibria.data import Corpus
-from equilibria.regularizers import JacobianSchedule
 from equilibria.solution import NonFiniteError, UserError
 from equilibria.train import checkpoint
 from equilibria.train.config import RunConfig, to_json
@@ -26,7 +25,7 @@ from equilibria.train.recorder import Recorder
 from equilibria.train.resume import restore_run, save_run
 from equilibria.train.run_folder import RunFolder
 from equilibria.train.schedule import LearningRate
-from equilibria.train.solves import step_budget
+from equilibria.train.solves import jacobian_schedule, step_budget
 from equilibria.train.state import TrainState
 
 
@@ -70,7 +69,7 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(model, self.plain_optimizer)
         self.state = TrainState()
         self.rate = LearningRate(self.plain_optimizer, optim)
-        self.jacobian_weight = jacobian_schedule(config)
+        self.jacobian_weight = jacobian_schedule(config.solver, config.optim.pretrain_steps, config.seed)
         self.saved_step: int | None = None
         memory = self._restore() if folder.has_checkpoint() else None
         device = self.accelerator.device
@@ -262,23 +261,6 @@ class Trainer:
             else "nothing was saved yet, start again with a smaller"
         )
         return f"step {self.state.step + 1}: {reason}; {kept} --lr, a smaller --clip or a larger --warmup-steps"
-
-
-def jacobian_schedule(config: RunConfig) -> JacobianSchedule:
-    """How much the Jacobian loss counts at each step.
-
-    The weight grows at the multiples of `jacobian_every`, but not at those within the warm-up of the stack, as in the code
-    released with Bai, Koltun and Kolter 2021.
-    """
-    solver, every = config.solver, config.solver.jacobian_every
-    return JacobianSchedule(
-        weight=solver.jacobian_weight,
-        share=solver.jacobian_share if solver.jacobian_weight else 0.0,
-        increment=solver.jacobian_increment,
-        every=every,
-        start=0 if every is None else config.optim.pretrain_steps // every * every,
-        seed=config.seed,
-    )
 
 
 def _finite(value: Tensor | float | None, what: str) -> float:

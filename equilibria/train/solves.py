@@ -1,4 +1,4 @@
-"""Running means over the statistics of many solves."""
+"""What solves cost, and what each step may spend on them and on keeping them cheap."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from equilibria.regularizers import JacobianSchedule
 from equilibria.solution import Stats
 from equilibria.train.solve_config import SolveConfig
 
@@ -68,3 +69,20 @@ def step_budget(config: SolveConfig, seed: int, step: int) -> int:
         return config.max_evals
     draw = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
     return config.max_evals - int(torch.randint(config.max_evals_delta + 1, (), generator=draw))
+
+
+def jacobian_schedule(config: SolveConfig, pretrain_steps: int, seed: int) -> JacobianSchedule:
+    """How much the Jacobian loss counts at each step.
+
+    The weight grows at the multiples of `jacobian_every`, but not at those within the `pretrain_steps` of the stack.
+    Source: the code released with Bai, Koltun and Kolter 2021 (`jac_incremental`).
+    """
+    every = config.jacobian_every
+    return JacobianSchedule(
+        weight=config.jacobian_weight,
+        share=config.jacobian_share if config.jacobian_weight else 0.0,
+        increment=config.jacobian_increment,
+        every=every,
+        start=0 if every is None else pretrain_steps // every * every,
+        seed=seed,
+    )
