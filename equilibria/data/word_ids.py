@@ -16,7 +16,7 @@ from equilibria.solution import UserError
 CHUNK = 1 << 22  # bytes of text, or ids, that are in memory at a time; a chunk's words take some twenty times as much
 IDS = np.dtype("<i4")  # how ids stand in files
 
-Advance = Callable[[int], None]
+Advance = Callable[[int], object]
 """Is told how many bytes more of a text are done."""
 
 
@@ -55,7 +55,7 @@ class _FirstMet(dict[str, int]):
 
 
 def number_words(
-    paths: Sequence[Path], style: WordStyle, outs: Sequence[BinaryIO], advance: Advance = lambda count: None
+    paths: Sequence[Path], style: WordStyle, outs: Sequence[BinaryIO], advance: Advance = lambda size: None
 ) -> Vocabulary:
     """Writes the ids of the words of three files, train first, as little-endian int32, and returns their vocabulary.
 
@@ -90,7 +90,7 @@ def number_words(
     return Vocabulary([words[i] for i in order], end_of_line=style.end_of_line, lower_case=style.lower_case)
 
 
-def text_chunks(path: Path, size: int = CHUNK, *, advance: Advance = lambda count: None) -> Iterator[str]:
+def text_chunks(path: Path, size: int = CHUNK, *, advance: Advance = lambda size: None) -> Iterator[str]:
     """A file as pieces of whole lines, of about `size` bytes. Raises UserError if it is not UTF-8 or has no words."""
     empty, lines = True, 0
     with path.open("rb") as file:
