@@ -17,7 +17,8 @@ import tyro
 
 from equilibria.cli.artefacts import finish
 from equilibria.cli.parse import parse
-from equilibria.data import Corpus
+from equilibria.data import Corpus, SequenceSplit
+from equilibria.models import start_from_frequencies
 from equilibria.recipes import RECIPES, scaled
 from equilibria.recipes.build import build_corpus, build_model
 from equilibria.solution import UserError
@@ -108,12 +109,22 @@ def train_model(
     """Train one model in its folder, from the checkpoint there if there is one."""
     torch.manual_seed(config.seed)
     model = build_model(config, corpus.tokenizer.size)
+    if config.start_from_frequencies:  # a checkpoint, where there is one, writes over it
+        start_from_frequencies(model, _frequencies(corpus))
     trainer = Trainer(model, corpus, config, folder, stop=stop, last_step=last_step, label=label)
     folder.store_config(config)
     folder.tokenizer.mkdir(exist_ok=True)
     corpus.tokenizer.save(folder.tokenizer)
     trainer.run()
     return trainer
+
+
+def _frequencies(corpus: Corpus) -> torch.Tensor:
+    """(V,) how often the model is asked for each token in training."""
+    split, size = corpus.train, corpus.tokenizer.size
+    tokens = split.targets if isinstance(split, SequenceSplit) else split.tokens
+    # In pieces, so that a text that is kept on the disk is never whole in memory.
+    return sum((torch.bincount(piece, minlength=size) for piece in tokens.flatten().split(1 << 24)), torch.tensor(0))
 
 
 def _parse(recipe: str, argv: Sequence[str], default: RunConfig) -> TrainOptions:

@@ -101,6 +101,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    start_from_frequencies: bool = False
+    """Let the softmax begin with the frequencies of the training tokens; keeps the first solves of a TrellisNet short."""
     twin: bool = True
     """Afterwards train the explicit twin, the block stacked, on the same tokens for comparison."""
     twin_depth: int = 8

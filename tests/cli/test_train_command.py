@@ -197,6 +197,25 @@ def test_help_lists_the_options_of_one_family(capsys: pytest.CaptureFixture[str]
         assert others not in text
 
 
+LONG_COPY = "--delay 80 --length 100 --d-model 8 --max-evals 4 --eval-max-evals 4 --max-eval-steps 1"
+
+
+@pytest.mark.parametrize("recipe", ["text", "copy-memory"])
+def test_a_run_can_begin_with_the_frequencies(recipe: str, text_dir: Path, small: list[str], tmp_path: Path):
+    """Then the first loss is the entropy of single tokens, and not that of the uniform distribution."""
+    if recipe == "text":
+        options = ["--data-dir", str(text_dir), *small]
+    else:
+        options = LONG_COPY.split()
+    losses = []
+    for start in ("--start-from-frequencies", "--no-start-from-frequencies"):
+        run = tmp_path / start
+        argv = ["train", recipe, "--run-dir", str(run), *options, "--steps", "1", "--log-every", "1", "--no-twin", start]
+        assert main(argv) == 0
+        losses.append(next(row["train/loss"] for row in read_metrics(run / "metrics.jsonl") if "train/loss" in row))
+    assert losses[0] < 0.8 * losses[1]
+
+
 def test_explicit_model_can_be_trained_alone(text_dir: Path, small: list[str], tmp_path: Path):
     run = tmp_path / "stack"
     argv = ["train", "text", "--data-dir", str(text_dir), "--run-dir", str(run), *small, "--depth", "3", "--steps", "1"]
