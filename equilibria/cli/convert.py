@@ -1,4 +1,4 @@
-"""`equilibria convert`: a checkpoint of the original code becomes a run, to evaluate, generate with and train on."""
+"""`equilibria convert`: a checkpoint of the original code becomes a run, to evaluate and to generate with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from equilibria.data import Corpus
 from equilibria.data.word_ids import ORIGINAL_STYLES
 from equilibria.interop.original.checkpoint import read_checkpoint
 from equilibria.interop.original.configuration import Configuration, configure
-from equilibria.interop.original.names import family, translate
+from equilibria.interop.original.names import family, release, translate
 from equilibria.interop.original.options import MODELS, OriginalOptions, show
 from equilibria.models.deq_transformer import TransformerShape
 from equilibria.recipes.build import build_corpus, build_model
@@ -46,8 +46,9 @@ class ConvertOptions:
     data_dir: Path | None = None
     """Folder with the files of the corpus, whose tokenizer the run then has, for `equilibria generate`."""
     as_released: bool = True
-    """Further training keeps the original's slips: dropout of the Transformer's output zeroes whole positions, and the last
-    word of a TrellisNet's vocabulary does not learn as an input. Evaluation is the same either way."""
+    """Further training keeps the original's slips: dropout of the Transformer's output zeroes whole positions, no attention
+    weight is dropped in 2019, and the last word of a TrellisNet's vocabulary does not learn as an input. Evaluation is the
+    same either way."""
     model: OriginalOptions = field(default_factory=OriginalOptions)
 
 
@@ -70,7 +71,7 @@ def convert(options: ConvertOptions) -> str:
         raise UserError(f"{options.out} exists already; give the name of a new folder")
     tensors = read_checkpoint(options.original)
     try:
-        found = configure(translate(tensors), options.model, as_released=options.as_released)
+        found = configure(translate(tensors), options.model, release=release(tensors), as_released=options.as_released)
     except ValueError as error:
         raise UserError(f"{options.original} cannot be converted: {error}") from error
     config = _run_config(found, options)
@@ -89,12 +90,13 @@ def convert(options: ConvertOptions) -> str:
 
     _write_new(options.out, fill)
     rounded = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.element_size() > 4}
-    what = f"{MODELS[family(tensors)]}, {sum(parameter.numel() for parameter in model.parameters()):,} parameters"
+    count = sum(parameter.numel() for parameter in model.parameters())
+    what = f"{MODELS[family(tensors)]} of {release(tensors)}, {count:,} parameters"
     return _report(options, what, found, config.data.corpus, has_text=text is not None, rounded=sorted(rounded))
 
 
 def _run_config(found: Configuration, options: ConvertOptions) -> RunConfig:
-    """The solves are the original's: Broyden's method, with its thresholds in training; evaluation may go on for longer."""
+    """With Broyden's method and, in training, the thresholds of the original. Evaluation solves to near float32's end."""
     kind = TransformerModel if isinstance(found.shape, TransformerShape) else TrellisModel
     values: dict[str, Any] = {item.name: getattr(found.shape, item.name) for item in dataclasses.fields(found.shape)}
     corpus = options.corpus or WORDS.get(found.n_token, "wikitext-103")
@@ -103,8 +105,8 @@ def _run_config(found: Configuration, options: ConvertOptions) -> RunConfig:
         recipe="converted",
         model=kind(**values),
         solver=SolveConfig(
-            method="broyden", history=50, rtol=0.0, atol=1e-6, max_evals=51, eval_rtol=1e-6, eval_max_evals=150,
-            backward_rtol=1e-6, backward_max_evals=81,
+            method="broyden", history=50, rtol=0.0, atol=1e-6, max_evals=51, backward_rtol=1e-6, backward_max_evals=81,
+            eval_rtol=1e-5, eval_atol=0.0, eval_max_evals=150,
         ),
         data=DataConfig(corpus=corpus, data_dir=folder, original_vocabulary=corpus in ORIGINAL_STYLES),
         optim=OptimConfig(length=found.length),
@@ -148,7 +150,8 @@ def _report(
     ]
     if found.assumed:
         lines.append("             options of these names say otherwise (see equilibria convert --help)")
-    lines.append(f"  corpus     {corpus}" + ("" if options.corpus else ", assumed (--corpus)"))
+    known = "has as many words" if found.n_token in WORDS else "assumed; --corpus says otherwise"
+    lines.append(f"  corpus     {corpus}" + ("" if options.corpus else f" ({known})"))
     if not has_text:
         lines.append("  tokenizer  none, since it is the corpus's; with --data-dir FOLDER the run has one")
     if rounded:

@@ -13,7 +13,7 @@ from torch import Tensor
 from equilibria import Broyden, Stopping
 from equilibria.interop.original.checkpoint import read_checkpoint
 from equilibria.interop.original.configuration import Configuration, build, configure
-from equilibria.interop.original.names import translate
+from equilibria.interop.original.names import Release, translate
 from equilibria.interop.original.options import OriginalOptions
 from equilibria.models.deq_transformer import TransformerShape
 from equilibria.models.deq_trellisnet import TrellisShape
@@ -171,14 +171,23 @@ def test_what_is_given_is_not_assumed() -> None:
     named = transformer()
     usual = configure(named, OriginalOptions())
     assert usual.assumed == {
-        "mem_len": 150, "local_size": 0, "pre_lnorm": False, "dropout": 0.0, "dropatt": 0.0, "subseq_len": 0, "tgt_len": 150
+        "mem_len": 150, "local_size": 0, "pre_lnorm": False, "dropout": 0.0, "subseq_len": 0, "tgt_len": 150
     }  # fmt: skip
     given = OriginalOptions(mem_len=3, local_size=0, pre_lnorm=True, dropout=0.1, subseq_len=4, tgt_len=9, d_model=8)
     found = configure(named, given)
-    assert found.assumed == {"dropatt": 0.0}
+    assert found.assumed == {}
     assert found.length == 9
     assert isinstance(found.shape, TransformerShape)
     assert (found.shape.mem_len, found.shape.pre_norm, found.shape.dropout, found.shape.subseq_len) == (3, True, 0.1, 4)
+
+
+@pytest.mark.parametrize(
+    ("release", "as_released", "rate"), [("2019", True, 0), ("2019", False, 0.25), ("2021", True, 0.25)]
+)
+def test_attention_is_dropped_since_2021(release: Release, as_released: bool, rate: float) -> None:
+    shape = configure(transformer(), OriginalOptions(dropatt=0.25), release=release, as_released=as_released).shape
+    assert isinstance(shape, TransformerShape)
+    assert shape.attention_dropout == rate
 
 
 def test_slips_are_kept_or_not() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from equilibria.interop.original.names import family, first_names, translate
+from equilibria.interop.original.names import family, first_names, release, translate
 
 load_file = pytest.importorskip("safetensors.torch").load_file
 
@@ -37,6 +37,7 @@ def test_whole_state_dicts(cases: list[Path]) -> None:
         named = translate(state)
         expected = "trellisnet" if folder.name.startswith("trellis") else "transformer"
         assert family(state) == expected
+        assert release(state) == ("2021" if "2021" in folder.name else "2019")
         assert all(name.startswith(("embedding.", "inject.", "deq.block.", "softmax.")) for name in named)
         # Every trainable tensor is there, and tied ones under both names.
         distinct = {tensor.data_ptr() for tensor in named.values()}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equilibria.interop.original.names import Family, original_name
+from equilibria.interop.original.names import Family, Release, original_name
 from equilibria.interop.original.options import OriginalOptions, show
 from equilibria.interop.original.reading import Reader
 from equilibria.models.deq_transformer import DEQTransformerLM, TransformerConfig, TransformerShape
@@ -43,24 +43,30 @@ class Configuration:
     """What they do not tell, and what was taken for it, by the same names."""
 
 
-def configure(named: Mapping[str, Tensor], options: OriginalOptions, *, as_released: bool = True) -> Configuration:
+def configure(
+    named: Mapping[str, Tensor], options: OriginalOptions, *, release: Release = "2019", as_released: bool = True
+) -> Configuration:
     """The configuration of the model with these tensors, which must be all of its parameters.
 
     Args:
         named: a state dict of the original, as `translate` returns it.
         options: what was given of the original's options.
+        release: the code that wrote them.
         as_released: keep the original's slips in further training: dropout of the Transformer's output zeroes whole
-            positions (`drop_positions`), and the last word of a TrellisNet's vocabulary does not learn as an input
-            (`freeze_last_row`). Evaluation is the same either way.
+            positions (`drop_positions`), in the code of 2019 no attention weight is dropped whatever `dropatt` is, and the
+            last word of a TrellisNet's vocabulary does not learn as an input (`freeze_last_row`). Evaluation is the same
+            either way.
 
     Raises:
         UserError: tensors, or tensors and options, contradict each other; it names both sides.
     """
     family: Family = "transformer" if "deq.block.content_bias" in named else "trellisnet"
     reader = Reader(named, options.given(family), family)
-    read = _transformer if family == "transformer" else _trellisnet
     try:
-        shape, length = read(reader, as_released)
+        if family == "transformer":
+            shape, length = _transformer(reader, as_released, drops_attention=release == "2021" or not as_released)
+        else:
+            shape, length = _trellisnet(reader, as_released)
         tensors, n_token = _complete(reader, shape)
     except UserError:
         raise
@@ -105,7 +111,7 @@ def build(shape: TransformerShape | TrellisShape, n_token: int) -> DEQTransforme
     return DEQTrellisNetLM(TrellisConfig(vocab_size=n_token, **values))
 
 
-def _transformer(reader: Reader, as_released: bool) -> tuple[TransformerShape, int]:
+def _transformer(reader: Reader, as_released: bool, *, drops_attention: bool) -> tuple[TransformerShape, int]:
     d_model = reader.size("inject.weight", dims=2)[1]
     n_head, d_head = reader.size("deq.block.content_bias", dims=2)
     if n_head * d_head != d_model:
@@ -133,7 +139,7 @@ def _transformer(reader: Reader, as_released: bool) -> tuple[TransformerShape, i
         local_size=reader.ask_count("local_size", 0, lowest=0) or UNLIMITED,
         pre_norm=bool(reader.ask("pre_lnorm", False)),
         dropout=reader.ask_share("dropout"),
-        attention_dropout=reader.ask_share("dropatt"),
+        attention_dropout=reader.ask_share("dropatt") if drops_attention else 0.0,
         subseq_len=reader.ask_count("subseq_len", 0, lowest=0) or None,
         drop_positions=as_released,
         stored_frequencies="deq.block.frequencies" in reader.named,

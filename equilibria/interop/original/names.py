@@ -45,6 +45,7 @@ from torch import Tensor
 from equilibria.nn.relative_attention import sinusoidal_frequencies
 
 Family = Literal["transformer", "trellisnet"]
+Release = Literal["2019", "2021"]
 
 # `#` stands for a number, `@` for a parameter of a linear map or convolution.
 _NAMES = (
@@ -105,6 +106,16 @@ def family(names: Iterable[str]) -> Family:
         return "trellisnet"
     some = f"; its names are {', '.join(names[:3])}" if names else ""
     raise ValueError(f"this is neither a DEQ-Transformer nor a DEQ-TrellisNet of the original code{some}")
+
+
+def release(tensors: Mapping[str, Tensor]) -> Release:
+    """Which code wrote a state dict: the linear maps of a feed-forward part are convolutions in 2019, matrices in 2021.
+
+    >>> release({"func.pos_ff.ff1_net.weight": torch.zeros(6, 2)})
+    '2021'
+    """
+    matrices = (name.endswith(("ff1_net.weight", "ff1_net.weight_v")) and t.dim() == 2 for name, t in tensors.items())
+    return "2021" if any(matrices) else "2019"
 
 
 def first_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,7 +22,8 @@ class OriginalOptions:
     pre_lnorm: bool = False
     """Transformer: layer norm before attention and feed-forward instead of after them."""
     dropatt: float | None = None
-    """Transformer: dropout of attention weights, which the code of 2019 never applies; None: 0."""
+    """Transformer of 2021: dropout of attention weights; None: 0. The code of 2019 has the option, but drops none, nor do
+    runs made of its checkpoints without --no-as-released."""
     seq_len: int | None = None
     """TrellisNet: tokens of each lane in one segment; None: 100."""
     dilation: int | None = None
