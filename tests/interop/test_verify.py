@@ -195,6 +195,15 @@ def test_a_case_of_an_unknown_kind_fails(weight_norm, capsys):
     assert "no case of this kind is known" in failed
 
 
+def test_tolerances_that_are_not_those_of_the_kind_fail(weight_norm, capsys):
+    def others(said):
+        said["cases"][f"public/{NORM}"]["tolerances"] = ["model_float64"]
+
+    assert main([str(with_manifest(weight_norm, others))]) == 1
+    (failed,), _ = lines(capsys)
+    assert "the manifest names none" in failed
+
+
 @pytest.mark.parametrize("options", [["--only", "trellis*"], ["--only", "component_weight"], ["--dtype", "float32"]])
 def test_selection(shared_golden, tmp_path, capsys, options):
     folder = copied(shared_golden, tmp_path, NORM, "component_lr_schedule")

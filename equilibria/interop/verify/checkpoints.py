@@ -24,18 +24,20 @@ from equilibria.models.deq_transformer import DEQTransformerLM
 def check(case: Case, dtype: torch.dtype, limits: Limits, report: Report) -> None:
     files = [name for name in case.config["files"] if not name.endswith(".safetensors")]
     states = {name: read_checkpoint(case.folder / name) for name in files}
+    first = states[files[0]]
     for name, state in states.items():
         shapes = {key: list(tensor.shape) for key, tensor in state.items()}
         report.exact("keys and shapes", shapes == case.config["keys"], name)
         report.exact("dtypes", all(str(t.dtype) == f"torch.{case.config['dtype']}" for t in state.values()), name)
-        report.exact("values: all containers alike", _alike(state, states[files[0]]), name)
+        report.exact("values: all containers alike", _alike(state, first), name)
         source = _source(case)
         if source is not None:
-            report.exact("values: those of the case it was made of", _alike(state, source), name)
+            unwrapped = {key.removeprefix("module."): tensor for key, tensor in state.items()}  # of DataParallel
+            report.exact("values: those of the case it was made of", _alike(unwrapped, source), name)
     evaluation = case.tolerances.get(f"model_{str(dtype).removeprefix('torch.')}", {})
     both = {**DEFAULTS[f"model_{str(dtype).removeprefix('torch.')}"], **evaluation}
     both["nll"] = (limits["nll"][0 if dtype == torch.float64 else 1],)
-    configuration = configuration_of(states[files[0]], case.config["constructor"])
+    configuration = configuration_of(first, case.config["constructor"])
     model = prepare(build(configuration.shape, configuration.n_token), configuration.tensors, dtype, both)
     memory = TRANSFORMER_MEMORY if isinstance(model, DEQTransformerLM) else TRELLIS_MEMORY
     Reading(model, case, dtype, both, report, memory).evaluate("", file="expected")

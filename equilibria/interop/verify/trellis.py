@@ -90,12 +90,12 @@ def _places(model: DEQTrellisNetLM, recorded: Mapping[str, Tensor]) -> dict[Froz
             places[model.block.dropout] = mask.mT
         elif name == "output":
             places[model.output_dropout] = mask
-        elif "latent" in name and isinstance(model.softmax, MixtureOfSoftmaxes):
-            places[model.softmax.drop] = mask
         elif name in ("wdrop.func.full_conv", "wdrop.inject_conv"):
             convolution = model.inject if name == "wdrop.inject_conv" else model.block.conv
             drops = [m.drop for m in convolution.modules() if isinstance(m, DropConnect) and m.drop.p > 0]
             places |= dict.fromkeys(drops, mask)
+        elif isinstance(model.softmax, MixtureOfSoftmaxes) and mask.shape[-1] == model.softmax.latent.out_features:
+            places[model.softmax.drop] = mask
         else:
             raise ValueError(f"the recorded mask {name} belongs to no dropout of the model")
     return places
