@@ -82,7 +82,8 @@ def convert(options: ConvertOptions) -> str:
     def fill(folder: Path) -> None:
         run = RunFolder(folder)
         run.store_config(config)
-        digest = hashlib.sha256(options.original.read_bytes()).hexdigest()
+        with options.original.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         save_checkpoint(run.best, {"vocab_size": found.n_token, "original_sha256": digest}, model)
         if text is not None:
             run.tokenizer.mkdir()

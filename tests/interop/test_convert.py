@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from equilibria import Broyden, Stopping
+from equilibria.interop.original import configuration, names
 from equilibria.interop.original.checkpoint import read_checkpoint
 from equilibria.interop.original.configuration import Configuration, build, configure
 from equilibria.interop.original.names import Release, translate
@@ -270,6 +273,13 @@ def test_some_tables_tied() -> None:
     named["softmax.weights.1"] = named["softmax.weights.1"] + 1
     with pytest.raises(UserError, match=r"out_layers\.0\.weight is word_emb.emb_layers.0.weight, but crit.out_layers.1"):
         configure(named, OriginalOptions())
+
+
+@pytest.mark.parametrize("module", [names, configuration])
+def test_examples_run(module: ModuleType) -> None:
+    result = doctest.testmod(module, report=True)
+    assert result.attempted > 2
+    assert result.failed == 0
 
 
 def test_something_else_beside_a_model() -> None:

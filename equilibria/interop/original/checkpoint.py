@@ -28,6 +28,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
     Raises:
         UserError: the file is none, is damaged, or holds anything but finite floating-point tensors by name.
+
+        read_checkpoint(Path("pretrained.pkl"))["inject_conv.bias"]
     """
     _check_container(path)
     try:

@@ -59,6 +59,11 @@ def configure(
 
     Raises:
         UserError: tensors, or tensors and options, contradict each other; it names both sides.
+
+    >>> named = build(TransformerShape(d_model=8, n_head=2, d_inner=6), 20).state_dict()
+    >>> found = configure(named, OriginalOptions(mem_len=16))
+    >>> found.shape.d_inner, found.n_token
+    (6, 20)
     """
     family: Family = "transformer" if "deq.block.content_bias" in named else "trellisnet"
     reader = Reader(named, options.given(family), family)
