@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from equilibria.cli.load import load_run
 from equilibria.cli.parse import parse
+from equilibria.solution import UserError
+from equilibria.train.checks import check_not_negative, check_positive
+from equilibria.train.config import RunConfig, TransformerModel
 from equilibria.train.evaluate import Evaluation
 
 
@@ -27,8 +30,22 @@ class EvalOptions:
     """Folder with the files of the corpus; None: where they were in training."""
     rtol: float | None = None
     """Another relative tolerance of the solves."""
+    atol: float | None = None
+    """Another absolute tolerance."""
     max_evals: int | None = None
     """Another budget of evaluations of f per solve."""
+    batch_size: int | None = None
+    """Another number of lanes to read the split in."""
+    length: int | None = None
+    """Another number of tokens of each lane in one segment."""
+    mem_len: int | None = None
+    """Another number of positions of earlier segments that a segment of a Transformer sees."""
+    max_steps: int | None = None
+    """Read the first so many segments alone."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "max_evals", "batch_size", "length", "max_steps")
+        check_not_negative(self, "rtol", "atol", "mem_len")
 
 
 def eval_command(argv: Sequence[str]) -> int:
@@ -47,13 +64,28 @@ def eval_command(argv: Sequence[str]) -> int:
 def evaluate_run(options: EvalOptions) -> Evaluation:
     """The evaluation that the options ask for."""
     run = load_run(options.run, options.data_dir)
-    solver = run.config.solver
-    if options.rtol is not None:
-        solver = dataclasses.replace(solver, eval_rtol=options.rtol)
-    if options.max_evals is not None:
-        solver = dataclasses.replace(solver, eval_max_evals=options.max_evals)
-    run = dataclasses.replace(run, config=dataclasses.replace(run.config, solver=solver))
-    return run.evaluate(run.corpus(options.data_dir), options.split)
+    run = dataclasses.replace(run, config=_with_options(run.config, options))
+    return run.evaluate(run.corpus(options.data_dir), options.split, max_steps=options.max_steps)
+
+
+def _with_options(config: RunConfig, options: EvalOptions) -> RunConfig:
+    """The configuration of the run with what the options change."""
+
+    def given(**fields: Any) -> dict[str, Any]:
+        return {name: value for name, value in fields.items() if value is not None}
+
+    solver = given(eval_rtol=options.rtol, eval_atol=options.atol, eval_max_evals=options.max_evals)
+    model = config.model
+    if options.mem_len is not None:
+        if not isinstance(model, TransformerModel):
+            raise UserError(f"--mem-len is {options.mem_len}, but a TrellisNet remembers one position; leave it out")
+        model = dataclasses.replace(model, eval_mem_len=options.mem_len)
+    return dataclasses.replace(
+        config,
+        model=model,
+        solver=dataclasses.replace(config.solver, **solver),
+        **given(eval_batch_size=options.batch_size, eval_length=options.length),
+    )
 
 
 def show(result: Evaluation) -> str:

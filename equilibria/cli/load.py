@@ -53,14 +53,15 @@ class LoadedRun:
                     )
         return corpus
 
-    def evaluate(self, corpus: Corpus, split: str) -> Evaluation:
-        """How well the best weights predict a split, by name, in float32."""
+    def evaluate(self, corpus: Corpus, split: str, *, max_steps: int | None = None) -> Evaluation:
+        """How well the best weights predict a split, by name, in float32; `max_steps` as in `evaluate`."""
         return evaluate(
             self.model(),
             getattr(corpus, split),
             batch_size=self.config.eval_batch_size,
             length=self.config.eval_segment,
             device=device(),
+            max_steps=max_steps,
         )
 
 

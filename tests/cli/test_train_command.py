@@ -18,6 +18,7 @@ from equilibria.cli.evaluate import EvalOptions, evaluate_run
 from equilibria.cli.load import load_run
 from equilibria.cli.main import main
 from equilibria.data import load_tokenizer
+from equilibria.solution import UserError
 from equilibria.train.config import TransformerModel, TrellisModel, load_config
 from equilibria.train.run_folder import read_metrics
 
@@ -99,6 +100,16 @@ def test_eval_prints_its_result_and_takes_a_tolerance(trained: Path, capsys: pyt
     assert loose.evaluations < tight.evaluations
 
 
+def test_eval_reads_a_split_as_told(trained: Path):
+    usual = evaluate_run(EvalOptions(run=trained))
+    part = evaluate_run(EvalOptions(run=trained, batch_size=2, length=5, max_steps=3))
+    assert part.tokens == 2 * 5 * 3
+    assert evaluate_run(EvalOptions(run=trained, batch_size=1)).tokens > usual.tokens
+    losses = {evaluate_run(EvalOptions(run=trained, mem_len=length, max_evals=40)).nll for length in (0, 3, 8)}
+    assert len(losses) == 3
+    assert evaluate_run(EvalOptions(run=trained, mem_len=8)).nll == usual.nll
+
+
 def test_generate_continues_the_prompt(trained: Path, capsys: pytest.CaptureFixture[str]):
     argv = ["generate", str(trained), "--prompt", "the cat", "--tokens", "8"]
     assert main([*argv, "--compare"]) == 0
@@ -162,6 +173,8 @@ def test_trellisnet_trains_evaluates_and_writes(
     assert main(["train", "wikitext-103-trellisnet", "--resume", "--run-dir", str(run)]) == 0
     assert (run / "metrics.jsonl").read_bytes() == before
     assert main(["eval", str(run)]) == 0
+    with pytest.raises(UserError, match="--mem-len is 3, but a TrellisNet"):
+        evaluate_run(EvalOptions(run=run, mem_len=3))
     capsys.readouterr()
     texts = []
     for way in ("--cache", "--no-cache"):
@@ -203,10 +216,7 @@ LONG_COPY = "--delay 80 --length 100 --d-model 8 --max-evals 4 --eval-max-evals 
 @pytest.mark.parametrize("recipe", ["text", "copy-memory"])
 def test_a_run_can_begin_with_the_frequencies(recipe: str, text_dir: Path, small: list[str], tmp_path: Path):
     """Then the first loss is the entropy of single tokens, and not that of the uniform distribution."""
-    if recipe == "text":
-        options = ["--data-dir", str(text_dir), *small]
-    else:
-        options = LONG_COPY.split()
+    options = ["--data-dir", str(text_dir), *small] if recipe == "text" else LONG_COPY.split()
     losses = []
     for start in ("--start-from-frequencies", "--no-start-from-frequencies"):
         run = tmp_path / start
