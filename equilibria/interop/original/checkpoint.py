@@ -72,12 +72,12 @@ def _check_sums(path: Path) -> None:
             raise zipfile.BadZipFile("torch.save has no folders")
         wrong = archive.testzip()
     if wrong is not None:
-        raise zipfile.BadZipFile(f"the checksum of {wrong} is wrong")
+        raise zipfile.BadZipFile(f"the checksum of {wrong!a} is wrong")
 
 
 def _reason(error: Exception) -> str:
     text = str(error)
-    match = re.search(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.]+)", text)
+    match = re.search(r"[Uu]nsupported (?:global: )?GLOBAL ([\w.]{1,100})", text, re.ASCII)
     if match:
         return (
             f"it is no plain state dict, but would run code when unpickled ({match.group(1)}), as a model saved whole "
@@ -95,11 +95,13 @@ def _checked(loaded: Any, path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, tensor in loaded.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            some = ", ".join(str(key)[:40] for key in list(loaded)[:3])
+            some = ", ".join(ascii(key)[:40] for key in list(loaded)[:3])
             raise UserError(f"{path} is not a state dict, for not all of its entries ({some}, ...) are tensors; {_REMEDY}")
+        if not re.fullmatch(r"[\w.]{1,200}", name, re.ASCII):  # or it would be printed later on
+            raise UserError(f"{path} is not a state dict, for {name[:40]!a} is no name of a parameter; {_REMEDY}")
         problem = _problem(tensor)
         if problem:
-            raise UserError(f"{path} is not a checkpoint of the original: {name[:100]} {problem}")
+            raise UserError(f"{path} is not a checkpoint of the original: {name} {problem}")
         tensors[name] = tensor.detach()
     return tensors
 
