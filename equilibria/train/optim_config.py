@@ -1,4 +1,13 @@
-"""Options of the optimizer, of its learning rate, and of how much of the text one step sees."""
+"""Options of the optimizer, of its learning rate, and of how much of the text one step sees.
+
+The options of the released training scripts become: optim -> optimizer; scheduler (cosine, inv_sqrt, constant,
+dev_perf) -> schedule (cosine, inverse-sqrt, constant, dev-performance); warmup_step, max_step -> warmup_steps, steps;
+eta_min and lr_min -> eta_min; decay_rate, patience, clip, batch_size, batch_chunk, pretrain_steps -> themselves;
+tgt_len or seq_len -> length; varlen -> variable_length; n_layer, eval_n_layer -> pretrain_depth, eval_depth. Of the
+TrellisNet script: when, anneal -> decay_epochs, anneal with schedule step-decay, decay_rate 0.1 and eta_min 1e-5;
+epochs -> as many steps. Of a whole run: eval-interval, log-interval, eval_tgt_len, max_eval_steps -> eval_every,
+log_every, eval_length, max_eval_steps. Those of the solves are in `equilibria.train.solve_config`.
+"""
 
 from __future__ import annotations
 
