@@ -144,8 +144,8 @@ def anderson_2021(
     False
     """
     run = _Run(f, x0, RidgeAnderson(history=history, ridge=ridge, damping=damping))
-    run.step()
     record = _Record2021(run, stop_mode, floor=1e-5)
+    run.step()
     for step in range(2, threshold):
         run.step()
         record.take(step)

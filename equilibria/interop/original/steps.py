@@ -74,8 +74,10 @@ class ArmijoBroyden(Broyden):
 
 
 def armijo(phi: Callable[[float], float], start: float, may_go_on: Callable[[], bool]) -> tuple[float, int]:
-    """(α, cubic trials) with φ(α) <= (1 - 10⁻⁴ α) φ(0), where φ(0) = start and φ'(0) is taken as -φ(0); α = 1 if none is
-    found above 10⁻²."""
+    """(α, cubic trials) with φ(α) <= (1 - 10⁻⁴ α) φ(0), where φ(0) = start and φ'(0) is taken as -φ(0).
+
+    (1, 0) where none is found before α falls to 10⁻².
+    """
 
     def enough(alpha: float, value: float) -> bool:
         return value <= start - 1e-4 * alpha * start
@@ -103,7 +105,7 @@ def armijo(phi: Callable[[float], float], start: float, may_go_on: Callable[[], 
         if a1 - a2 > a1 / 2.0 or 1.0 - a2 / a1 < 0.96:
             a2 = a1 / 2.0
         a0, a1, phi0, phi1 = a1, a2, phi1, phi2
-    return 1.0, trials
+    return 1.0, 0
 
 
 @dataclass(frozen=True, kw_only=True)

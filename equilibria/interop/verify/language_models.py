@@ -25,7 +25,7 @@ M = TypeVar("M", bound=EquilibriumLM)
 
 BUDGET = 1000
 """Evaluations of a solve that is to be tight."""
-FLOOR, FLOOR_BUDGET = 2e-7, 150
+FLOOR, FLOOR_BUDGET = 2e-7, 300
 """Relative residual at which solves in float32 may stop; many rest above it, and spend their budget."""
 
 
