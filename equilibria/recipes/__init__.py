@@ -9,9 +9,11 @@ from collections.abc import Callable
 from equilibria.recipes.laptop import (
     penn_treebank_char,
     penn_treebank_transformer,
+    penn_treebank_trellisnet_small,
     quickstart,
     text,
     wikitext_2_transformer,
+    wikitext_2_trellisnet,
 )
 from equilibria.recipes.scale import scaled
 from equilibria.recipes.synthetic import copy_memory
@@ -35,8 +37,10 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         copy_memory,
         penn_treebank_transformer,
         penn_treebank_trellisnet,
+        penn_treebank_trellisnet_small,
         penn_treebank_char,
         wikitext_2_transformer,
+        wikitext_2_trellisnet,
         wikitext_103_transformer,
         wikitext_103_transformer_medium,
         wikitext_103_transformer_small,
@@ -54,10 +58,12 @@ __all__ = [
     "penn_treebank_char",
     "penn_treebank_transformer",
     "penn_treebank_trellisnet",
+    "penn_treebank_trellisnet_small",
     "quickstart",
     "scaled",
     "text",
     "wikitext_2_transformer",
+    "wikitext_2_trellisnet",
     "wikitext_103_2021",
     "wikitext_103_jacobian",
     "wikitext_103_jacobian_pre_norm",
