@@ -135,6 +135,34 @@ def test_a_tensor_that_nothing_looks_at_is_named(weight_norm, capsys):
     assert "tensors: more" in printed
 
 
+def test_a_file_that_nothing_opens_is_named(weight_norm, capsys):
+    safetensors.save_file({"more": torch.zeros(1)}, weight_norm / NORM / "train_more.safetensors")
+    main([str(weight_norm)])
+    assert "train_more: all of it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("occurs", "quantities"), [(False, set()), (True, {"grad"})])
+def test_a_gradient_that_is_not_recorded_is_zero(shared_golden, tmp_path, occurs, quantities):
+    """The original records none for a cluster without a word; one that is not zero must be recorded."""
+    name, variant = "component_adaptive_embedding", "div4"
+    config = json.loads((shared_golden / name / "config.json").read_text())
+    last = config["variants"][variant]["cutoffs"][-1]
+    config["variants"] = {variant: config["variants"][variant]}
+
+    def without_the_last_cluster(tensors):
+        words = tensors[f"{variant}/ids"]
+        for key in ("out", "upstream", "ids"):
+            tensor = tensors[f"{variant}/{key}"]
+            tensors[f"{variant}/{key}"] = tensor if occurs else tensor[words < last]
+        for key in [key for key in tensors if key.startswith(f"{variant}/grad.") and ".2" in key]:
+            del tensors[key]
+
+    folder = copied(shared_golden, tmp_path, name, manifest=False)
+    (folder / name / "config.json").write_text(json.dumps(config))
+    with_tensors(folder / name / "tensors.safetensors", without_the_last_cluster)
+    assert failures(folder) == quantities
+
+
 def test_a_stricter_tolerance_fails(weight_norm, capsys):
     def stricter(said):
         said["tolerances"]["component_float32"]["all tensors"] = "relative l2 <= 1e-9 (for a test: <= 1)"
@@ -193,6 +221,15 @@ def test_a_case_of_an_unknown_kind_fails(weight_norm, capsys):
     assert main([str(weight_norm)]) == 1
     (failed,), _ = lines(capsys)
     assert "no case of this kind is known" in failed
+
+
+def test_a_model_is_known_by_its_name_in_the_config(shared_golden, tmp_path):
+    """Where the name of the case does not tell."""
+    copied(shared_golden, tmp_path, "deq2021_transformer_plain", manifest=False)
+    (tmp_path / "deq2021_transformer_plain").rename(tmp_path / "plain")
+    (case,) = find_cases(tmp_path)
+    checks = verify_case(case, ("float64",))
+    assert {"nll", "train.jac_loss"} <= {check.quantity for check in checks if check.passed}
 
 
 def test_tolerances_that_are_not_those_of_the_kind_fail(weight_norm, capsys):

@@ -100,11 +100,13 @@ class Case:
         return self.opened[file, dtype]
 
     def unseen(self) -> list[str]:
-        """Recorded tensors that nobody has looked at, in no precision."""
+        """Recorded tensors that nobody has looked at, in no precision; and files of tensors that nobody has opened."""
         left: dict[str, set[str]] = {}
         for (file, _), recorded in self.opened.items():
             left[file] = left.get(file, set(recorded)) - recorded.seen
-        return [f"{file}: {key}" for file, keys in left.items() for key in sorted(keys)]
+        files = sorted(path.stem for path in self.folder.glob("*.safetensors"))
+        closed = [f"{file}: all of it" for file in files if file not in left]
+        return closed + [f"{file}: {key}" for file, keys in left.items() for key in sorted(keys)]
 
     def faults(self) -> list[str]:
         """Files that the manifest or the config lists and that are missing or not what they were."""

@@ -67,10 +67,20 @@ KINDS = {
 }
 """By the beginning of a case's name; the longest that fits."""
 
+NAMED = {
+    "DEQTransformerLM (deq2019": "transformer",
+    "DEQTransformerLM (deq2021": "deq2021_transformer",
+    "DEQTrellisNetLM": "trellis",
+}
+"""The kinds of models by the beginning of what config.json calls them, for a case whose name does not tell."""
+
 
 def kind_of(case: Case) -> Kind | None:
     """None for a kind that is not known."""
     fitting = [prefix for prefix in KINDS if case.name == prefix or case.name.startswith(f"{prefix}_")]
+    if not fitting and case.has("state.safetensors"):  # a model and not a checkpoint of one
+        model = str(case.config.get("model"))
+        fitting = [kind for beginning, kind in NAMED.items() if model.startswith(beginning)]
     return KINDS[max(fitting, key=len)] if fitting else None
 
 
