@@ -39,7 +39,7 @@ def check_2019(case: Case, dtype: torch.dtype, limits: Limits, report: Report) -
         dropped = _reading(case, dtype, limits, report, dropout=p)
         masks = case.tensors("train_dropout", dtype).under("mask.")
         assert isinstance(dropped.model, DEQTransformerLM)
-        with _recorded_draws(dropped.model, masks):
+        with recorded_draws(dropped.model, masks):
             dropped.train("train_dropout", segment)
     if dtype == torch.float64 and case.has("broyden_trace.json"):
         check_traces(reading, case.json("broyden_trace.json"), segment)
@@ -88,7 +88,7 @@ def config_of(options: Mapping[str, Any]) -> TransformerConfig:
     )
 
 
-def _recorded_draws(model: DEQTransformerLM, masks: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+def recorded_draws(model: DEQTransformerLM, masks: Mapping[str, Tensor]) -> AbstractContextManager[None]:
     """The recorded masks in the place of drawn ones: (B, channels, 1) there, (B, 1, channels) here."""
     drawn = DropoutMasks(
         positions=masks["pos_emb"].mT[0],

@@ -44,7 +44,7 @@ def check(case: Case, dtype: torch.dtype, limits: Limits, report: Report) -> Non
         dropped = _reading(case, dtype, limits, report, case.config["checks"].get("train_dropout", {}))
         assert isinstance(dropped.model, DEQTrellisNetLM)
         recorded = case.tensors("train_dropout", dtype).under("mask.")
-        with masks(_places(dropped.model, recorded)):
+        with masks(places(dropped.model, recorded)):
             dropped.train("train_dropout", segment)
     if dtype == torch.float64 and case.has("broyden_trace.json"):
         check_traces(reading, case.json("broyden_trace.json"), segment)
@@ -78,7 +78,7 @@ def _reading(
     return Reading(model, case, dtype, limits, report, MEMORY, decoded=splits is None)
 
 
-def _places(model: DEQTrellisNetLM, recorded: Mapping[str, Tensor]) -> dict[FrozenDropout, Tensor]:
+def places(model: DEQTrellisNetLM, recorded: Mapping[str, Tensor]) -> dict[FrozenDropout, Tensor]:
     """Which of the model's dropouts draws which recorded mask. Channels stand before time there in the block's alone."""
     places: dict[FrozenDropout, Tensor] = {}
     for name, mask in recorded.items():
