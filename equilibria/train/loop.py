@@ -171,7 +171,9 @@ class Trainer:
 
     def _validation_due(self) -> bool:
         every = self.config.eval_every
-        return self.reader.at_end if every is None else self.state.step % every == 0
+        if every is None:
+            return self.reader.ended_in_last(self.config.optim.accumulate)
+        return self.state.step % every == 0
 
     def _out_of_time(self) -> bool:
         minutes = self.config.optim.minutes

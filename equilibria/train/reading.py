@@ -41,6 +41,10 @@ class Reader:
         """Whether the last batch of an epoch was read."""
         return self.state.segment == len(self.batches)
 
+    def ended_in_last(self, count: int) -> bool:
+        """Whether an epoch ended within the last `count` batches, which may have gone on into the next."""
+        return self.at_end or (self.state.epoch > 0 and self.state.segment < count)
+
     @property
     def epochs(self) -> int:
         """Whole readings of the split so far."""

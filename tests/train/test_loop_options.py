@@ -161,3 +161,15 @@ def test_validation_once_per_epoch_of_so_many_segments(make: Make):
     rows = [row for row in read_metrics(trainer.folder.metrics) if "valid/loss" in row]
     assert [row["step"] for row in rows] == [per_epoch, 2 * per_epoch, 25]
     assert trainer.evaluate("valid").tokens == 2 * 7 * config.eval_batch_size
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 25])
+def test_validation_after_the_step_in_which_an_epoch_ends(make: Make, accumulate: int):
+    """Eleven segments: steps of two, three and twenty-five go on into the next epoch, and past whole ones."""
+    trainer = make(dataclasses.replace(with_optim(accumulate=accumulate, steps=13), eval_every=None))
+    per_epoch = len(trainer.reader.batches)
+    assert per_epoch == 11
+    trainer.run()
+    steps = [row["step"] for row in read_metrics(trainer.folder.metrics) if "valid/loss" in row]
+    ends = {step for step in range(1, 14) if step * accumulate // per_epoch > (step - 1) * accumulate // per_epoch}
+    assert steps == sorted(ends | {13})
