@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from equilibria.models.language_model import EquilibriumLM
+from equilibria.nn.computed_once import computed_once
 
 
 def generate(
@@ -167,10 +168,11 @@ def _extend(model: EquilibriumLM, tokens: Tensor, cache: Any, window: int | None
     At most `window` tokens at a time, which bounds the memory that a long prompt takes.
     """
     first, *rest = tokens.split(window or tokens.shape[1], dim=1)
-    z, cache = model.extend(first, cache, window)
-    for piece in rest:
-        z, cache = model.extend(piece, cache, window)
-    return model.log_prob(z[:, -1:]), cache
+    with computed_once(model):  # or each layer of a stack would normalise all weights anew
+        z, cache = model.extend(first, cache, window)
+        for piece in rest:
+            z, cache = model.extend(piece, cache, window)
+        return model.log_prob(z[:, -1:]), cache
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:

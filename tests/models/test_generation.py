@@ -7,6 +7,7 @@ from torch import Tensor
 from equilibria import Stopping
 from equilibria.models.deq_transformer import DEQTransformerLM, TransformerConfig
 from equilibria.models.generation import generate, next_token_log_prob, sample, stream
+from equilibria.nn.parametrizations import WeightNorm
 
 V = 11
 
@@ -150,3 +151,12 @@ def test_bad_input_is_refused():
         generate(model, prompt() + V, max_new_tokens=1)
     with pytest.raises(ValueError, match=r"call model.eval\(\)"):
         generate(model.train(), prompt(), max_new_tokens=1)
+
+
+@pytest.mark.parametrize("depth", [None, 3])
+def test_weights_are_normalised_once_per_token(depth: int | None, monkeypatch: pytest.MonkeyPatch):
+    model, calls = make(weight_norm=True, depth=depth), []
+    usual = WeightNorm.forward
+    monkeypatch.setattr(WeightNorm, "forward", lambda self, g, v: calls.append(1) or usual(self, g, v))
+    generate(model, prompt(length=6), max_new_tokens=4)
+    assert len(calls) == 4 * 5  # tokens, linear maps
