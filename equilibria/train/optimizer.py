@@ -14,14 +14,14 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     """The optimizer that the configuration names, on every parameter that is trained.
 
     Weight decay acts on matrices alone unless `decay_vectors`: vectors are biases and gains, whose size carries no
-    capacity. RAdam's decay is decoupled, as in the code released with its paper (Liu et al., ICLR 2020).
+    capacity. The gains of weight norm are vectors too, whatever their shape: (out, 1) or (out, 1, 1). RAdam's decay is decoupled, as in the code released with its paper (Liu et al., ICLR 2020).
 
     >>> type(make_optimizer(nn.Linear(2, 2), OptimConfig(optimizer="radam"))).__name__
     'RAdam'
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [p for p in parameters if p.ndim >= 2 or config.decay_vectors]
-    spared = [p for p in parameters if p.ndim < 2 and not config.decay_vectors]
+    decayed = [p for p in parameters if config.decay_vectors or not _is_vector(p)]
+    spared = [p for p in parameters if not config.decay_vectors and _is_vector(p)]
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": spared, "weight_decay": 0.0},
@@ -42,3 +42,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
             return torch.optim.RMSprop(groups, lr=config.lr, momentum=config.momentum)
         case name:
             assert_never(name)
+
+
+def _is_vector(parameter: nn.Parameter) -> bool:
+    return sum(size > 1 for size in parameter.shape) < 2

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from equilibria.nn.parametrizations import weight_norm
 from equilibria.train.checkpoint import load_optimizer, save_checkpoint
 from equilibria.train.optim_config import OptimConfig, OptimizerName
 from equilibria.train.optimizer import make_optimizer
@@ -26,6 +27,15 @@ def test_weight_decay_spares_vectors_unless_told(decay_vectors: bool):
     optimizer.step()
     torch.testing.assert_close(model.weight.detach(), weight * (1 - 0.5 * 0.1))
     torch.testing.assert_close(model.bias.detach(), bias * (1 - 0.5 * 0.1 * decay_vectors))
+
+
+def test_weight_decay_spares_the_gains_of_weight_norm():
+    model = nn.Sequential(weight_norm(nn.Linear(3, 2)), weight_norm(nn.Conv1d(3, 2, 2)))
+    decayed, spared = make_optimizer(model, OptimConfig(weight_decay=0.1)).param_groups
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert {names[p].rsplit(".", 1)[-1] for p in decayed["params"]} == {"original1"}
+    assert {names[p].rsplit(".", 1)[-1] for p in spared["params"]} == {"original0", "bias"}
+    assert len(decayed["params"]) + len(spared["params"]) == 6
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
