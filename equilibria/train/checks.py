@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from equilibria.solution import UserError
 
 
@@ -12,14 +14,16 @@ def check(condition: bool, option: str, value: object, remedy: str) -> None:
 
 
 def check_positive(config: object, *names: str) -> None:
-    """Each named field that is not None must be above zero."""
+    """Each named field that is not None must be above zero, and finite."""
     for name in names:
         value = getattr(config, name)
         check(value is None or value > 0, name, value, "give a number above zero")
+        check(value is None or value < math.inf, name, value, "give a finite number")
 
 
 def check_not_negative(config: object, *names: str) -> None:
-    """Each named field that is not None must be zero or more."""
+    """Each named field that is not None must be zero or more, and finite."""
     for name in names:
         value = getattr(config, name)
         check(value is None or value >= 0, name, value, "give zero or more")
+        check(value is None or value < math.inf, name, value, "give a finite number")

@@ -127,6 +127,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_positive(self, "twin_depth", "eval_every", "log_every", "eval_batch_size", "threads")
         check_positive(self, "eval_length", "max_eval_steps")
+        check_not_negative(self, "seed")
 
     @property
     def eval_segment(self) -> int:
@@ -160,6 +161,8 @@ FIXED_ON_RESUME = (
     "optim.length",
     "optim.variable_length",
     "optim.accumulate",
+    "optim.optimizer",
+    "optim.momentum",
     "twin_depth",
     "seed",
 )

@@ -91,6 +91,9 @@ def test_unreadable_json_is_a_user_error(tmp_path: Path):
     [
         (OptimConfig, {"steps": 0}),
         (OptimConfig, {"lr": float("nan")}),
+        (OptimConfig, {"lr": float("inf")}),
+        (SolveConfig, {"jacobian_weight": float("inf")}),
+        (RunConfig, {"seed": -1, "recipe": "text"}),
         (OptimConfig, {"batch_size": -1}),
         (OptimConfig, {"minutes": 0.0}),
         (OptimConfig, {"betas": (0.9, 1.0)}),
@@ -131,6 +134,8 @@ def test_changed_fields_of_a_resumed_run():
     assert changed_fields(old, old, FIXED_ON_RESUME) == []
     longer = dataclasses.replace(old, optim=dataclasses.replace(old.optim, steps=9999, lr=1.0))
     assert changed_fields(old, longer, FIXED_ON_RESUME) == []
+    other = dataclasses.replace(old, optim=dataclasses.replace(old.optim, optimizer="sgd", momentum=0.9))
+    assert changed_fields(old, other, FIXED_ON_RESUME) == ["optimizer adamw -> sgd", "momentum 0.0 -> 0.9"]
     assert isinstance(old.model, TransformerModel)
     wider = dataclasses.replace(old, model=dataclasses.replace(old.model, d_model=2 * old.model.d_model, dropout=0.3))
     assert changed_fields(old, wider, FIXED_ON_RESUME) == [f"d_model {old.model.d_model} -> {2 * old.model.d_model}"]
