@@ -14,7 +14,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     """The optimizer that the configuration names, on every parameter that is trained.
 
     Weight decay acts on matrices alone unless `decay_vectors`: vectors are biases and gains, whose size carries no
-    capacity. The gains of weight norm are vectors too, whatever their shape: (out, 1) or (out, 1, 1). RAdam's decay is decoupled, as in the code released with its paper (Liu et al., ICLR 2020).
+    capacity. The gains of weight norm are vectors too, whatever their shape: (out, 1) or (out, 1, 1). RAdam's
+    decay is decoupled, as in the code released with its paper (Liu et al., ICLR 2020).
 
     >>> type(make_optimizer(nn.Linear(2, 2), OptimConfig(optimizer="radam"))).__name__
     'RAdam'
