@@ -22,6 +22,7 @@ VOCAB_SIZE = 2048
 CORPORA = ("python-docs", *DATA_SETS, "copy-memory", "text")
 HUNDRED_MILLION = 100_000_000  # bytes of enwik8, and of text8
 TEXT8_ALPHABET = b" abcdefghijklmnopqrstuvwxyz"
+TEXT_FILES = ("train.txt", "valid.txt", "test.txt")
 TEXT_SOURCE = "put your own text into it as UTF-8, some 90 %, 5 % and 5 % of it in the three files"
 
 
@@ -84,9 +85,10 @@ def published_corpus(name: str, data_dir: str | Path | None = None, *, original_
     | text8 | 90,000,000 / 5,000,000 / 5,000,000 | 27: space, a to z |
 
     `data_dir` holds its files, or a folder called `name` with them; None is the cache, which `equilibria data get`
-    fills. Words are counted in the train split, their case is kept, and `<eos>` ends every line. A word that train
-    lacks raises UserError, as do files that are not there, are empty or are not UTF-8. A large text is kept as numbers
-    in the cache (`numbered_words`).
+    fills. Files called train.txt, valid.txt and test.txt will do: so the original code's get_data.sh renames them.
+    Words are counted in the train split, their case is kept, and `<eos>` ends every line. A word that train lacks
+    raises UserError, as do files that are not there, are empty or are not UTF-8. A large text is kept as numbers in the
+    cache (`numbered_words`).
 
     `original_vocabulary` reads the data set as the original code does (`ORIGINAL_STYLES`): all splits but those of
     WikiText-103 are counted together, and the Penn Treebank is put in lower case. The bytes of enwik8 and the letters
@@ -125,7 +127,7 @@ def text_folder(data_dir: str | Path, vocab_size: int = VOCAB_SIZE) -> Corpus:
 
         text_folder("my-text", vocab_size=1024).test.bytes_per_token
     """
-    paths = _find([Path(data_dir)], ["train.txt", "valid.txt", "test.txt"], TEXT_SOURCE)
+    paths = _find([Path(data_dir)], list(TEXT_FILES), TEXT_SOURCE)
     return _byte_pair_corpus("text", Texts(*("".join(text_chunks(path)) for path in paths)), vocab_size)
 
 
@@ -145,11 +147,17 @@ def data_set_folder(name: str) -> Path:
 
 
 def find_files(data_set: DataSet, data_dir: str | Path | None = None) -> list[Path]:
-    """The files of a data set, train first. Raises UserError if one is missing."""
+    """The files of a data set, train first, under their own names or the original's. Raises UserError if one is missing."""
     names = [file.name for file in data_set.files]
     if data_dir is not None:
+        places = [Path(data_dir), Path(data_dir) / data_set.name]
+        for place in places:
+            renamed = [place / name for name in TEXT_FILES]
+            own = any((place / name).is_file() for name in names)
+            if len(names) == len(renamed) and not own and all(path.is_file() for path in renamed):
+                return renamed
         source = f"they are in {data_set.url}, which equilibria data get {data_set.name} fetches"
-        return _find([Path(data_dir), Path(data_dir) / data_set.name], names, source)
+        return _find(places, names, source)
     folder = data_set_folder(data_set.name)
     if not folder.is_dir():
         raise UserError(

@@ -152,6 +152,23 @@ def test_a_folder_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
         load_corpus(name, tmp_path / "file")
 
 
+@pytest.mark.parametrize("name", ["wikitext-103", "wikitext-2", "penn-treebank", "penn-treebank-char"])
+def test_the_file_names_of_the_original_will_do(tiny_corpus_dir: Path, name: str) -> None:
+    """Its get_data.sh renames what it fetches."""
+    renamed = published_corpus(name, tiny_corpus_dir)
+    (tiny_corpus_dir.parent / "data").mkdir()
+    tiny_corpus_dir.rename(tiny_corpus_dir.parent / "data" / name)
+    below = published_corpus(name, tiny_corpus_dir.parent / "data")
+    assert counts(renamed) == counts(below)
+    assert renamed.train.text_bytes == (tiny_corpus_dir.parent / "data" / name / "train.txt").stat().st_size
+
+
+def test_the_own_names_come_first(tiny_wikitext_dir: Path) -> None:
+    for name in WIKI:
+        (tiny_wikitext_dir / name).write_text("other\n")
+    assert published_corpus("wikitext-2", tiny_wikitext_dir).tokenizer.size > 2
+
+
 def test_files_that_are_not_there_are_named_with_where_and_whence(tiny_wikitext_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"wiki\.train.*valid.*test\.tokens in .* or .*wikitext-2; .*https://"):
         published_corpus("wikitext-2", tmp_path)
