@@ -34,10 +34,8 @@ def test_scale_is_checked_and_not_for_resumed_runs(failure: Failure, trained: Pa
 
 def test_unknown_recipe(failure: Failure):
     message = failure("train", "penn-treebank")
-    assert (
-        "did you mean penn-treebank-transformer or penn-treebank-trellisnet or penn-treebank-trellisnet-small or penn-treebank-char?"
-        in message
-    )
+    assert "did you mean penn-treebank-transformer or penn-treebank-trellisnet or" in message
+    assert "or penn-treebank-char?" in message
     assert "there is no recipe quikstart; did you mean quickstart?" in failure("train", "quikstart")
     assert "choose quickstart" in failure("train", "zzz")
 
