@@ -14,7 +14,7 @@ from equilibria.data import Corpus, Tokenizer, load_tokenizer
 from equilibria.models import EquilibriumLM
 from equilibria.recipes.build import build_corpus, build_model
 from equilibria.solution import UserError
-from equilibria.train.checkpoint import load_state, load_weights, settle_folder
+from equilibria.train.checkpoint import load_state, load_weights
 from equilibria.train.config import DataConfig, MethodName, RunConfig
 from equilibria.train.evaluate import Evaluation, evaluate
 from equilibria.train.run_folder import RunFolder, open_run
@@ -31,8 +31,7 @@ class LoadedRun:
     def model(self, *, method: MethodName | None = None, trace: bool = False) -> EquilibriumLM:
         """The model with its best weights, ready to evaluate; `method` and `trace` as in `build_model`."""
         model = build_model(self.config, self.tokenizer.size, method=method, trace=trace)
-        settle_folder(self.folder.best)
-        load_weights(self.folder.best if self.folder.best.is_dir() else self.folder.checkpoint, model)
+        load_weights(self.folder.weights, model)
         return model.to(device()).eval()
 
     def corpus(self, data_dir: Path | None = None) -> Corpus:

@@ -22,6 +22,7 @@ from equilibria.models import start_from_frequencies
 from equilibria.recipes import RECIPES, scaled
 from equilibria.recipes.build import build_corpus, build_model
 from equilibria.solution import UserError
+from equilibria.train.checkpoint import load_weights
 from equilibria.train.config import FIXED_ON_RESUME, RunConfig, changed_fields
 from equilibria.train.interrupt import Interrupted, StopRequest
 from equilibria.train.loop import Trainer
@@ -38,6 +39,8 @@ class TrainOptions:
     """What the recipe sets."""
     scale: float = 1.0
     """Multiply the recipe's widths, batch and numbers of steps by this, before the other options."""
+    load: Path | None = None
+    """Begin with the model of another run and its best weights, such as one that `equilibria convert` made."""
     run_dir: Path | None = None
     """Folder of the run; None: runs/RECIPE, runs/RECIPE-2, ..."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -55,11 +58,16 @@ def train_command(argv: Sequence[str]) -> int:
         hint = f"did you mean {' or '.join(close)}?" if close else f"choose {', '.join(RECIPES)}"
         raise UserError(f"there is no recipe {recipe}; {hint} (see equilibria train)")
     scale = _scale(rest)
-    options = _parse(recipe, rest, scaled(RECIPES[recipe](), scale))
+    default = scaled(RECIPES[recipe](), scale)
+    if load := _value(rest, "--load"):
+        default = _with_model_of(open_run(Path(load)).load_config(), default)
+    options = _parse(recipe, rest, default)
     folder = None
     if options.resume:
         if scale != 1:
             raise UserError("a resumed run keeps its size; leave --scale out")
+        if options.load is not None:
+            raise UserError("a resumed run keeps its weights; leave --load out")
         folder, stored = _stored_run(recipe, options.run_dir)
         options = _parse(recipe, rest, stored)
         if changes := changed_fields(stored, options.config, FIXED_ON_RESUME):
@@ -76,24 +84,26 @@ def train_command(argv: Sequence[str]) -> int:
         folder = create_run(recipe, options.run_dir)
     with StopRequest() as stop:
         try:
-            _train_all(config, corpus, folder, stop)
+            _train_all(config, corpus, folder, stop, options.load)
         except Interrupted:
             command = f"equilibria train {recipe} --resume --run-dir {shlex.quote(shown_path(folder.path))}"
             print(f"stopped; everything is saved. Continue with: {command}", file=sys.stderr)
     return 0
 
 
-def _train_all(config: RunConfig, corpus: Corpus, folder: RunFolder, stop: StopRequest) -> None:
+def _train_all(config: RunConfig, corpus: Corpus, folder: RunFolder, stop: StopRequest, load: Path | None) -> None:
     print(
         f"{config.recipe}: {corpus.train.tokens.numel():,} training tokens, vocabulary {corpus.tokenizer.size:,} "
         f"-> {shown_path(folder.path)}",
         file=sys.stderr,
         flush=True,
     )
-    trained = train_model(config, corpus, folder, stop, label="DEQ" if config.model.depth is None else "stack")
+    label = "DEQ" if config.model.depth is None else "stack"
+    trained = train_model(config, corpus, folder, stop, label=label, load=load)
     if config.wants_twin:
         stop.check()
-        train_model(config.for_twin(), corpus, folder.twin, stop, label="twin", last_step=trained.state.step)
+        last_step = trained.state.step
+        train_model(config.for_twin(), corpus, folder.twin, stop, label="twin", last_step=last_step, load=load)
     print(finish(config, corpus, folder, stop), flush=True)
 
 
@@ -105,10 +115,13 @@ def train_model(
     *,
     label: str,
     last_step: int | None = None,
+    load: Path | None = None,
 ) -> Trainer:
-    """Train one model in its folder, from the checkpoint there if there is one."""
+    """Train one model in its folder, from the checkpoint there if there is one, else from the weights of the run `load`."""
     torch.manual_seed(config.seed)
     model = build_model(config, corpus.tokenizer.size)
+    if load is not None:
+        load_weights(RunFolder(load).weights, model)
     if config.start_from_frequencies:  # a checkpoint, where there is one, writes over it
         start_from_frequencies(model, _frequencies(corpus))
     trainer = Trainer(model, corpus, config, folder, stop=stop, last_step=last_step, label=label)
@@ -138,13 +151,25 @@ def _parse(recipe: str, argv: Sequence[str], default: RunConfig) -> TrainOptions
 
 
 def _scale(argv: Sequence[str]) -> float:
-    """The value of --scale, which must be known before the rest can be parsed: it sets the defaults."""
-    for index, word in enumerate(argv):
-        name, given, value = word.partition("=")
-        if name == "--scale":
-            with contextlib.suppress(ValueError, IndexError):  # what is no number, the parser proper will explain
-                return float(value if given else argv[index + 1])
+    """The value of --scale."""
+    with contextlib.suppress(TypeError, ValueError):  # what is no number, the parser proper will explain
+        return float(_value(argv, "--scale"))  # pyright: ignore[reportArgumentType]
     return 1.0
+
+
+def _value(argv: Sequence[str], option: str) -> str | None:
+    """The value of an option that must be known before the rest can be parsed, for it sets the defaults."""
+    for word, following in zip(argv, [*argv[1:], None], strict=True):
+        name, given, value = word.partition("=")
+        if name == option:
+            return value if given else following
+    return None
+
+
+def _with_model_of(stored: RunConfig, config: RunConfig) -> RunConfig:
+    """The configuration with the model of another run, and words numbered as they are there."""
+    data = dataclasses.replace(config.data, original_vocabulary=stored.data.original_vocabulary)
+    return dataclasses.replace(config, model=stored.model, data=data)
 
 
 def _with_absolute_data_dir(config: RunConfig) -> RunConfig:

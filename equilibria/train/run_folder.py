@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from equilibria.solution import UserError
-from equilibria.train.checkpoint import write_json
+from equilibria.train.checkpoint import settle_folder, write_json
 from equilibria.train.config import RunConfig, load_config, to_json
 
 
@@ -47,6 +47,12 @@ class RunFolder:
     def best(self) -> Path:
         """Folder of the weights with the lowest validation loss."""
         return self.path / "best"
+
+    @property
+    def weights(self) -> Path:
+        """Folder of the weights to use: the best, or the last where none was found best."""
+        settle_folder(self.best)
+        return self.best if self.best.is_dir() else self.checkpoint
 
     @property
     def metrics(self) -> Path:

@@ -166,7 +166,7 @@ def test_trellisnet_trains_evaluates_and_writes(
     assert main(argv) == 0
     config = load_config(run / "config.json")
     assert isinstance(config.model, TrellisModel)
-    assert (config.model.d_hidden, config.model.d_embed, config.optim.steps) == (15, 5, 6)
+    assert (config.model.d_hidden, config.model.d_embed, config.optim.steps) == (16, 5, 6)
     assert load_config(run / "twin" / "config.json").model == dataclasses.replace(config.model, depth=2)
     assert (run / "plots" / "residual.png").is_file()
     before = (run / "metrics.jsonl").read_bytes()
@@ -253,3 +253,18 @@ def test_mixed_precision(text_dir: Path, small: list[str], tmp_path: Path):
     assert len(losses) == 6
     assert all(4 < loss < 7 for loss in losses)
     assert {tensor.dtype for tensor in load_file(run / "best" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_a_run_can_begin_with_the_model_of_another(trained: Path, text_dir: Path, tmp_path: Path, failure):
+    """A recipe for another size takes the sizes of the run that is loaded, and its weights."""
+    options = ["--load", str(trained), "--data-dir", str(text_dir), "--vocab-size", "300", "--no-twin", "--threads", "1"]
+    few = ["--lr", "1e-9", "--steps", "1", "--eval-every", "1", "--batch-size", "4", "--length", "8"]
+    assert main(["train", "text", *options, *few, "--run-dir", str(tmp_path / "more")]) == 0
+    assert load_config(tmp_path / "more" / "config.json").model == load_config(trained / "config.json").model
+    before, after = (load_file(folder / "best" / "model.safetensors") for folder in (trained, tmp_path / "more"))
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
+    wider = failure("train", "text", *options, "--d-model", "32", "--run-dir", tmp_path / "wider")
+    assert "holds another model" in wider
+    assert "leave --load out" in failure("train", "text", "--resume", "--run-dir", tmp_path / "more", *options)
+    assert "there is no run folder" in failure("train", "text", "--load", tmp_path / "nowhere", "--data-dir", text_dir)
