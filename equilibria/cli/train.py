@@ -184,6 +184,11 @@ def _stored_run(recipe: str, run_dir: Path | None) -> tuple[RunFolder, RunConfig
     """The run to resume and its configuration."""
     folder = newest_run(recipe) if run_dir is None else open_run(run_dir)
     config = folder.load_config()
+    if config.recipe not in RECIPES:
+        raise UserError(
+            f"{folder.path} was {config.recipe}, not trained by a recipe: there is no training to resume; "
+            f"use: equilibria eval {folder.path}, or leave --resume out to start a new run"
+        )
     if config.recipe != recipe:
         raise UserError(
             f"{folder.path} is a run of {config.recipe}, not of {recipe}; "

@@ -94,6 +94,13 @@ def test_run_folder_mistakes(failure: Failure, trained: Path, text_dir: Path, tm
     assert f"is a run of text, not of quickstart; use: equilibria train text --resume --run-dir {trained}" in message
 
 
+def test_a_converted_run_has_no_training_to_resume(failure: Failure, trained: Path, tmp_path: Path):
+    config = json.loads((trained / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"recipe": "converted"}))
+    message = failure("train", "text", "--resume", "--run-dir", tmp_path)
+    assert f"{tmp_path} was converted, not trained by a recipe" in message
+
+
 def test_no_run_to_resume(failure: Failure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     assert "there is no run of quickstart in runs to resume" in failure("train", "quickstart", "--resume")
