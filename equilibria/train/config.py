@@ -109,6 +109,8 @@ class RunConfig:
     """Blocks of the explicit twin."""
     eval_every: int | None = 100
     """Steps between validations; each also writes a checkpoint. None: one at the end of every epoch."""
+    checkpoint_every: int | None = 1000
+    """Steps between checkpoints besides those of validations, for runs that are killed; None: at validations alone."""
     log_every: int = 10
     """Steps between rows of metrics."""
     eval_batch_size: int = 8
@@ -125,7 +127,7 @@ class RunConfig:
     """CPU threads; None: PyTorch's choice."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "twin_depth", "eval_every", "log_every", "eval_batch_size", "threads")
+        check_positive(self, "twin_depth", "eval_every", "checkpoint_every", "log_every", "eval_batch_size", "threads")
         check_positive(self, "eval_length", "max_eval_steps")
         check_not_negative(self, "seed")
 

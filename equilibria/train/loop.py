@@ -38,8 +38,8 @@ class Trainer:
 
     A text is read in order, B lanes side by side and L tokens at a time; the memory that one segment leaves is passed to
     the next, and begins empty at each epoch. Independent sequences are read in another order each epoch, without memory.
-    A checkpoint is written at every validation, at the end, and when `stop` is requested; a run resumed from it takes the
-    very steps that it would have taken uninterrupted.
+    A checkpoint is written at every validation, every `checkpoint_every` steps besides, at the end, and when `stop` is
+    requested; a run resumed from it takes the very steps that it would have taken uninterrupted.
     """
 
     def __init__(
@@ -111,6 +111,8 @@ class Trainer:
                 self.save()
             if done:
                 return
+            if self._checkpoint_due():
+                self.save()
             self.stop.check()
             self._step()
             state.seconds = earlier_seconds + time.perf_counter() - started
@@ -174,6 +176,10 @@ class Trainer:
         if every is None:
             return self.reader.ended_in_last(self.config.optim.accumulate)
         return self.state.step % every == 0
+
+    def _checkpoint_due(self) -> bool:
+        step, every = self.state.step, self.config.checkpoint_every
+        return every is not None and step > 0 and step % every == 0 and step != self.saved_step
 
     def _out_of_time(self) -> bool:
         minutes = self.config.optim.minutes

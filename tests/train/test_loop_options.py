@@ -77,6 +77,30 @@ def test_every_option_resumes_exactly(make: Make, case: str):
     assert all(torch.equal(mine[name], wholes[name]) for name in wholes)
 
 
+def test_checkpoints_between_validations(make: Make, monkeypatch: pytest.MonkeyPatch):
+    """A killed run goes on from the latest, to the numbers that it would have reached; step 8 is saved once, validated."""
+    config = dataclasses.replace(CONFIG, eval_every=8, checkpoint_every=4, log_every=3)
+    whole = make(config, name="whole")
+    saved, save = [], whole.save
+    monkeypatch.setattr(whole, "save", lambda: saved.append(whole.state.step) or save())
+    whole.run()
+    assert saved == [4, 8, 12, 14]
+
+    killed = make(config)
+    step = killed._step
+    monkeypatch.setattr(
+        killed, "_step", lambda: step() if killed.state.step < 6 else (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        killed.run()
+    resumed = make(config)
+    assert resumed.state.step == 4
+    resumed.run()
+    assert losses(resumed) == losses(whole)
+    mine, wholes = weights(resumed), weights(whole)
+    assert all(torch.equal(mine[name], wholes[name]) for name in wholes)
+
+
 class StopAtStep(StopRequest):
     """Asks to stop before the n-th of its steps; a validation is never cut short."""
 
