@@ -38,18 +38,7 @@ class LoadedRun:
         """The corpus of the run, which must give the same tokens; `data_dir` says where it is now."""
         data = _with_data_dir(self.config.data, data_dir)
         corpus = build_corpus(data)
-        if not self.folder.tokenizer.is_dir():  # that of the corpus was taken
-            return corpus
-        with tempfile.TemporaryDirectory() as scratch:
-            corpus.tokenizer.save(Path(scratch))
-            for path in Path(scratch).iterdir():
-                stored = self.folder.tokenizer / path.name
-                if not stored.is_file() or stored.read_bytes() != path.read_bytes():
-                    where = "this installation" if data.data_dir is None else str(data.data_dir)
-                    raise UserError(
-                        f"the text of {data.corpus} in {where} gives another vocabulary than the one in "
-                        f"{self.folder.path}; use the text that the run was trained on"
-                    )
+        check_vocabulary(self.folder, corpus, data)
         return corpus
 
     def evaluate(self, corpus: Corpus, split: str, *, max_steps: int | None = None) -> Evaluation:
@@ -79,6 +68,22 @@ def load_run(path: Path, data_dir: Path | None = None) -> LoadedRun:
     else:
         tokenizer = _tokenizer_of(path, _with_data_dir(config.data, data_dir), size)
     return LoadedRun(folder=folder, config=config, tokenizer=tokenizer)
+
+
+def check_vocabulary(folder: RunFolder, corpus: Corpus, data: DataConfig) -> None:
+    """Raise UserError if a run has another tokenizer than the corpus that `data` names; it may have none of its own."""
+    if not folder.tokenizer.is_dir():
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        corpus.tokenizer.save(Path(scratch))
+        for path in Path(scratch).iterdir():
+            stored = folder.tokenizer / path.name
+            if not stored.is_file() or stored.read_bytes() != path.read_bytes():
+                where = "this installation" if data.data_dir is None else str(data.data_dir)
+                raise UserError(
+                    f"the text of {data.corpus} in {where} gives another vocabulary than the one in {folder.path}; "
+                    "use the text that the run was trained on"
+                )
 
 
 def _tokenizer_of(run: Path, data: DataConfig, size: int) -> Tokenizer:

@@ -16,6 +16,7 @@ import torch
 import tyro
 
 from equilibria.cli.artefacts import finish
+from equilibria.cli.load import check_vocabulary
 from equilibria.cli.parse import parse
 from equilibria.data import Corpus, SequenceSplit
 from equilibria.models import start_from_frequencies
@@ -80,6 +81,8 @@ def train_command(argv: Sequence[str]) -> int:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
     corpus = build_corpus(config.data)
+    if options.load is not None:
+        check_vocabulary(RunFolder(options.load), corpus, config.data)
     if folder is None:
         folder = create_run(recipe, options.run_dir)
     with StopRequest() as stop:
@@ -88,6 +91,10 @@ def train_command(argv: Sequence[str]) -> int:
         except Interrupted:
             command = f"equilibria train {recipe} --resume --run-dir {shlex.quote(shown_path(folder.path))}"
             print(f"stopped; everything is saved. Continue with: {command}", file=sys.stderr)
+        except UserError:
+            with contextlib.suppress(OSError):  # a run that never began leaves no folder; one with files stays
+                folder.path.rmdir()
+            raise
     return 0
 
 
@@ -120,10 +127,10 @@ def train_model(
     """Train one model in its folder, from the checkpoint there if there is one, else from the weights of the run `load`."""
     torch.manual_seed(config.seed)
     model = build_model(config, corpus.tokenizer.size)
+    if config.start_from_frequencies:  # the weights of a run or a checkpoint, where there are any, write over it
+        start_from_frequencies(model, _frequencies(corpus))
     if load is not None:
         load_weights(RunFolder(load).weights, model)
-    if config.start_from_frequencies:  # a checkpoint, where there is one, writes over it
-        start_from_frequencies(model, _frequencies(corpus))
     trainer = Trainer(model, corpus, config, folder, stop=stop, last_step=last_step, label=label)
     folder.store_config(config)
     folder.tokenizer.mkdir(exist_ok=True)

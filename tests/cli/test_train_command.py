@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -256,9 +257,10 @@ def test_mixed_precision(text_dir: Path, small: list[str], tmp_path: Path):
 
 
 def test_a_run_can_begin_with_the_model_of_another(trained: Path, text_dir: Path, tmp_path: Path, failure):
-    """A recipe for another size takes the sizes of the run that is loaded, and its weights."""
+    """A recipe for another size takes the sizes of the run that is loaded, and all of its weights."""
     options = ["--load", str(trained), "--data-dir", str(text_dir), "--vocab-size", "300", "--no-twin", "--threads", "1"]
     few = ["--lr", "1e-9", "--steps", "1", "--eval-every", "1", "--batch-size", "4", "--length", "8"]
+    few.append("--start-from-frequencies")
     assert main(["train", "text", *options, *few, "--run-dir", str(tmp_path / "more")]) == 0
     assert load_config(tmp_path / "more" / "config.json").model == load_config(trained / "config.json").model
     before, after = (load_file(folder / "best" / "model.safetensors") for folder in (trained, tmp_path / "more"))
@@ -266,5 +268,12 @@ def test_a_run_can_begin_with_the_model_of_another(trained: Path, text_dir: Path
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-6)
     wider = failure("train", "text", *options, "--d-model", "32", "--run-dir", tmp_path / "wider")
     assert "holds another model" in wider
+    assert not (tmp_path / "wider").exists()
+    other = tmp_path / "other"
+    shutil.copytree(text_dir, other)
+    (other / "train.txt").write_text((text_dir / "train.txt").read_text().replace("cat", "cow"))
+    options[options.index(str(text_dir))] = str(other)
+    assert "gives another vocabulary than the one in" in failure("train", "text", *options, "--run-dir", tmp_path / "cows")
+    assert not (tmp_path / "cows").exists()
     assert "leave --load out" in failure("train", "text", "--resume", "--run-dir", tmp_path / "more", *options)
     assert "there is no run folder" in failure("train", "text", "--load", tmp_path / "nowhere", "--data-dir", text_dir)
