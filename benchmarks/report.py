@@ -61,7 +61,8 @@ def language_models() -> str:
         ]
         head = [recipe, "DEQ", f"explicit twin, {result['twin_depth']} layers"]
         commands = f"`{deq['command']}` and `{twin['command']}`, seed {deq['seed']}."
-        parts.append("\n\n".join(filter(None, (table(head, rows), commands, PAPER.get(recipe)))))
+        note = deq.get("note")
+        parts.append("\n\n".join(filter(None, (table(head, rows), commands, note, PAPER.get(recipe)))))
     return f"""## Language models and their explicit twins
 
 Word level, `<eos>` after each line, whole validation and test splits, memory carried over the whole split. The twin is the

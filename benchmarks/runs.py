@@ -19,10 +19,9 @@ from equilibria.train.run_folder import read_metrics
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One model to train: `equilibria train RECIPE OPTIONS`."""
+    """One model to train: `equilibria train RECIPE`."""
 
     recipe: str
-    options: str = ""
     depth: int | None = None
     """Blocks of an explicit stack; None for the equilibrium."""
 
@@ -35,7 +34,7 @@ class Run:
     def shown(self) -> str:
         """The command without what depends on the machine."""
         depth = "" if self.depth is None else f" --depth {self.depth} --pretrain-steps 0 --jacobian-weight 0"
-        return f"equilibria train {self.recipe} --no-twin --threads 1{depth} {self.options}".rstrip()
+        return f"equilibria train {self.recipe} --no-twin --threads 1{depth}"
 
     def twin(self, depth: int) -> Run:
         """The explicit stack with the same options."""
