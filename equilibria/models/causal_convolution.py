@@ -20,7 +20,8 @@ class CausalConvolution(nn.Conv1d):
         dilation: positions from one tap to the next.
         weight_dropout: probability of dropping a weight in training, of all taps but the last (of all if there is one).
         weight_norm: W = g V / ‖V‖ for each output; weights are dropped from V then, before it is normalised.
-        init_std: W starts as N(0, init_std²), b as 0.
+        init_std: W starts as N(0, init_std²); None leaves W and b as nn.Conv1d draws them, U(±1/√(d_in k)).
+        bias_std: b starts as N(0, bias_std²).
 
     Sources: Bai, Kolter & Koltun, "Trellis Networks for Sequence Modeling", 2019, section 4; for dropped weights Merity,
     Keskar & Socher, "Regularizing and Optimizing LSTM Language Models", 2018, section 2.
@@ -30,7 +31,7 @@ class CausalConvolution(nn.Conv1d):
     torch.Size([2, 7, 5])
     """
 
-    bias: nn.Parameter
+    bias: nn.Parameter  # pyright: ignore[reportIncompatibleVariableOverride] - always there
 
     def __init__(
         self,
@@ -41,12 +42,14 @@ class CausalConvolution(nn.Conv1d):
         *,
         weight_dropout: float = 0.0,
         weight_norm: bool = False,
-        init_std: float = 0.01,
+        init_std: float | None = 0.01,
+        bias_std: float = 0.0,
     ) -> None:
         super().__init__(d_in, d_out, kernel_size, dilation=dilation)
         self.reach = (kernel_size - 1) * dilation
-        nn.init.normal_(self.weight, std=init_std)
-        nn.init.zeros_(self.bias)
+        if init_std is not None:
+            nn.init.normal_(self.weight, std=init_std)
+            nn.init.normal_(self.bias, std=bias_std) if bias_std else nn.init.zeros_(self.bias)
         # A direction is dropped where it is normalised; a plain weight by a mask, so that it keeps its name.
         self.weight_dropout = parametrizations.DropConnect(0.0 if weight_norm else weight_dropout, keep_last_tap=True)
         if weight_norm:  # after the initialisation, which would otherwise write to a derived tensor and be lost
@@ -62,9 +65,9 @@ class CausalConvolution(nn.Conv1d):
         """The weight as `convolve` takes it, to be computed once and used many times."""
         return taps(self.weight if mask is None else self.weight * mask)
 
-    def forward(self, columns: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(B, reach + L, d_in) -> (B, L, d_out), with a mask of its own."""
-        return convolve(columns, self.taps(self.draw_mask()), self.dilation[0]) + self.bias
+        return convolve(input, self.taps(self.draw_mask()), self.dilation[0]) + self.bias
 
 
 def taps(weight: Tensor) -> Tensor:

@@ -55,6 +55,9 @@ class TrellisShape(LMShape):
     """Standard deviation of the weights of the state's convolution at the start."""
     inject_std: float = 0.01
     """That of the convolution of the word vectors."""
+    init_as_released: bool = False
+    """Begin as in the released code: the convolution of the word vectors as nn.Conv1d draws it, the bias of the state's
+    convolution from the distribution of its weights, a mixture's experts as nn.Linear draws them."""
     freeze_last_row: bool = False
     """Let the embedding of the last word learn from the softmax alone, as in the released code, by accident."""
 
@@ -154,6 +157,7 @@ class DEQTrellisNetLM(EquilibriumLM):
             weight_dropout=config.weight_dropout,
             weight_norm=config.weight_norm,
             init_std=config.init_std,
+            bias_std=config.init_std if config.init_as_released else 0.0,
         )
         self.embedding = nn.Embedding(config.vocab_size, config.d_embed)
         self.inject = CausalConvolution(
@@ -162,7 +166,7 @@ class DEQTrellisNetLM(EquilibriumLM):
             config.kernel_size,
             weight_dropout=config.weight_dropout,
             weight_norm=config.weight_norm,
-            init_std=config.inject_std,
+            init_std=None if config.init_as_released else config.inject_std,
         )
         self.deq = DEQ(block, solver=solver, stopping=stopping, adjoint=adjoint, eval_stopping=eval_stopping)
         self.word_dropout = WordDropout(config.word_dropout, freeze_last_row=config.freeze_last_row)
@@ -258,7 +262,14 @@ class DEQTrellisNetLM(EquilibriumLM):
 def _softmax(config: TrellisConfig) -> AdaptiveSoftmax | MixtureOfSoftmaxes:
     words, width = config.vocab_size, config.d_output
     if config.n_experts:
-        softmax = MixtureOfSoftmaxes(words, width, config.d_embed, config.n_experts, config.latent_dropout)
+        softmax = MixtureOfSoftmaxes(
+            words,
+            width,
+            config.d_embed,
+            config.n_experts,
+            config.latent_dropout,
+            init_std=None if config.init_as_released else 0.01,
+        )
         vectors = softmax.weight
     else:
         softmax = AdaptiveSoftmax(words, width, width, config.cutoffs)

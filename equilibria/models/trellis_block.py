@@ -39,7 +39,7 @@ class TrellisBlock(nn.Module):
         dropout: probability of dropping a unit of what the convolution reads, at all positions. The cell is not dropped.
         weight_dropout: probability of dropping a weight of the convolution, except of its last tap.
         weight_norm: W = g V / ‖V‖ for each of the 4H outputs.
-        init_std: W starts as N(0, init_std²), b as 0.
+        init_std, bias_std: W starts as N(0, init_std²), b as N(0, bias_std²).
 
     Raises:
         ValueError: a size below 1, or a probability outside [0, 1).
@@ -67,6 +67,7 @@ class TrellisBlock(nn.Module):
         weight_dropout: float = 0.0,
         weight_norm: bool = False,
         init_std: float = 0.01,
+        bias_std: float = 0.0,
     ) -> None:
         super().__init__()
         sizes = {"d_hidden": d_hidden, "d_output": d_output, "kernel_size": kernel_size, "dilation": dilation}
@@ -83,6 +84,7 @@ class TrellisBlock(nn.Module):
             weight_dropout=weight_dropout,
             weight_norm=weight_norm,
             init_std=init_std,
+            bias_std=bias_std,
         )
         self.dropout = FrozenDropout(dropout, shared_dims=(1,))  # (B, 1, H)
 

@@ -35,7 +35,8 @@ class MixtureOfSoftmaxes(nn.Module):
         n_experts: number K of softmaxes.
         dropout: probability that an entry of the latent vectors is zeroed, 0 <= p < 1.
         eps: added to the probabilities, at least 0.
-        init_std: standard deviation of the normal distribution from which all weights are drawn; biases are zero.
+        init_std: standard deviation of the normal distribution from which all weights are drawn; biases are zero. None
+            leaves `prior` and `latent` as nn.Linear draws them, and takes 0.01 for the words.
 
     Shapes: hidden (..., L, d_model), targets (..., L) of integers -> (..., L), in nats.
 
@@ -54,7 +55,7 @@ class MixtureOfSoftmaxes(nn.Module):
 
     def __init__(
         self, n_token: int, d_model: int, d_embed: int, n_experts: int, dropout: float = 0.0, *,
-        eps: float = 1e-8, init_std: float = 0.01,
+        eps: float = 1e-8, init_std: float | None = 0.01,
     ) -> None:  # fmt: skip
         super().__init__()
         sizes = {"n_token": n_token, "d_model": d_model, "d_embed": d_embed, "n_experts": n_experts}
@@ -63,13 +64,14 @@ class MixtureOfSoftmaxes(nn.Module):
         if not eps >= 0.0:
             raise ValueError(f"eps is {eps}; what is added to the probabilities must be at least 0")
         self.n_token, self.d_model, self.d_embed, self.n_experts, self.eps = n_token, d_model, d_embed, n_experts, eps
-        self.weight = nn.Parameter(torch.empty(n_token, d_embed).normal_(0.0, init_std))
+        self.weight = nn.Parameter(torch.empty(n_token, d_embed).normal_(0.0, 0.01 if init_std is None else init_std))
         self.bias = nn.Parameter(torch.zeros(n_token))
         self.prior = nn.Linear(d_model, n_experts)
         self.latent = nn.Linear(d_model, n_experts * d_embed)
-        for linear in (self.prior, self.latent):
-            nn.init.normal_(linear.weight, 0.0, init_std)
-            nn.init.zeros_(linear.bias)
+        if init_std is not None:
+            for linear in (self.prior, self.latent):
+                nn.init.normal_(linear.weight, 0.0, init_std)
+                nn.init.zeros_(linear.bias)
         self.drop = FrozenDropout(dropout, shared_dims=(-2,))
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ def penn_treebank_trellisnet() -> RunConfig:
             output_dropout=0.45,
             weight_dropout=0.5,
             subseq_len=50,
+            init_as_released=True,
         ),
         solver=SolveConfig(
             method="broyden",

@@ -176,6 +176,7 @@ def wikitext_103_trellisnet() -> RunConfig:
             hidden_dropout=0.1,
             output_dropout=0.1,
             subseq_len=50,
+            init_as_released=True,
         ),
         solver=_broyden_2019(forward=45, backward=45),
         data=DataConfig(corpus="wikitext-103"),

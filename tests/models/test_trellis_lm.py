@@ -317,3 +317,25 @@ def test_inputs_that_do_not_fit_are_refused():
     memory = model(tokens, targets).memory
     with pytest.raises(ValueError, match=rf"2 sequences need \(2, 1, {STATE}\).*None at the start of a text"):
         model(tokens[:2], targets[:2], memory)
+
+
+def test_initialisation_of_our_own_and_as_released():
+    """As released: U(±1/√(d_embed k)) for the words, the state's bias as its weight, experts as nn.Linear draws them."""
+
+    def begin(**options: Any) -> DEQTrellisNetLM:
+        torch.manual_seed(0)
+        sizes = {"d_embed": 32, "d_hidden": 100, "d_output": 28, "n_experts": 3, "init_std": 0.02}
+        return DEQTrellisNetLM(TrellisConfig(vocab_size=50, **(sizes | options)))
+
+    ours, theirs = begin(), begin(init_as_released=True)
+    assert abs(ours.inject.weight.std().item() - 0.01) < 1e-3
+    assert not any(bias.any() for bias in (ours.inject.bias, ours.block.conv.bias, ours.softmax.latent.bias))
+    bound = (32 * 2) ** -0.5
+    for tensor in (theirs.inject.weight, theirs.inject.bias):
+        assert tensor.abs().max() <= bound
+        assert abs(tensor.std().item() - bound / 3**0.5) < 0.1 * bound
+    assert abs(theirs.block.conv.bias.std().item() - 0.02) < 3e-3
+    assert abs(theirs.block.conv.weight.std().item() - 0.02) < 1e-3
+    for linear in (theirs.softmax.prior, theirs.softmax.latent):
+        assert abs(linear.weight.std().item() - (28 * 3) ** -0.5) < 0.02
+        assert linear.bias.any()
