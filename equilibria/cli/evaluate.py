@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
-from equilibria.cli.load import load_run
+from equilibria.cli.load import LoadedRun, device, load_run
 from equilibria.cli.parse import parse
+from equilibria.diagnostics import spectral_radius
+from equilibria.nn.computed_once import computed_once
 from equilibria.solution import UserError
 from equilibria.train.checks import check_not_negative, check_positive
 from equilibria.train.config import RunConfig, TransformerModel
@@ -42,6 +45,9 @@ class EvalOptions:
     """Another number of positions of earlier segments that a segment of a Transformer sees."""
     max_steps: int | None = None
     """Read the first so many segments alone."""
+    spectral_radius: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also estimate the spectral radius of ∂f/∂z at the equilibria of the first segment: below 1, plain iteration
+    converges to them."""
 
     def __post_init__(self) -> None:
         check_positive(self, "max_evals", "batch_size", "length", "max_steps")
@@ -58,14 +64,38 @@ def eval_command(argv: Sequence[str]) -> int:
     )
     result = evaluate_run(options)
     print(f"{options.run}, {options.split} split\n{show(result)}")
+    if options.spectral_radius:
+        found = radius_at_equilibrium(options)
+        print(_line("spectral radius of the Jacobian", f"{found.mean():.3f}, at most {found.max():.3f}"))
     return 0
 
 
 def evaluate_run(options: EvalOptions) -> Evaluation:
     """The evaluation that the options ask for."""
-    run = load_run(options.run, options.data_dir)
-    run = dataclasses.replace(run, config=_with_options(run.config, options))
+    run = _load(options)
     return run.evaluate(run.corpus(options.data_dir), options.split, max_steps=options.max_steps)
+
+
+@torch.no_grad()
+def radius_at_equilibrium(options: EvalOptions) -> torch.Tensor:
+    """(B,) the spectral radius of ∂f/∂z at the equilibria of the first segment of the split."""
+    run = _load(options)
+    if run.config.model.depth is not None:
+        raise UserError(f"{options.run} is an explicit stack, which has no equilibrium; leave --spectral-radius out")
+    model, split = run.model(), getattr(run.corpus(options.data_dir), options.split)
+    lanes = min(run.config.eval_batch_size, split.max_batch_size)
+    tokens, _ = split.batches(lanes, run.config.eval_segment, device())[0]
+    with computed_once(model):
+        injection = model.injection(tokens)
+        inputs = model.block_inputs(injection, model.empty_memory(len(tokens)), model.draw_masks(injection))
+        args = model.block.prepare(*inputs)
+        z, _ = model.deq.solve(model.block.initial(*inputs), *args)
+        return spectral_radius(model.block, z, *args).radius
+
+
+def _load(options: EvalOptions) -> LoadedRun:
+    run = load_run(options.run, options.data_dir)
+    return dataclasses.replace(run, config=_with_options(run.config, options))
 
 
 def _with_options(config: RunConfig, options: EvalOptions) -> RunConfig:
@@ -103,4 +133,8 @@ def show(result: Evaluation) -> str:
             ("relative residual", f"{result.residual:.1e}"),
             ("samples above the tolerance", f"{100 * (result.unconverged or 0):.0f} %"),
         ]
-    return "\n".join(f"  {name:<30}{value}" for name, value in values)
+    return "\n".join(_line(name, value) for name, value in values)
+
+
+def _line(name: str, value: str) -> str:
+    return f"  {name:<33}{value}"

@@ -277,3 +277,11 @@ def test_a_run_can_begin_with_the_model_of_another(trained: Path, text_dir: Path
     assert not (tmp_path / "cows").exists()
     assert "leave --load out" in failure("train", "text", "--resume", "--run-dir", tmp_path / "more", *options)
     assert "there is no run folder" in failure("train", "text", "--load", tmp_path / "nowhere", "--data-dir", text_dir)
+
+
+def test_eval_estimates_the_spectral_radius_at_the_equilibrium(trained: Path, capsys: pytest.CaptureFixture[str], failure):
+    assert main(["eval", str(trained), "--max-steps", "1", "--spectral-radius"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "spectral radius" in line)
+    mean, most = (float(word.strip(",")) for word in line.split() if word[0].isdigit())
+    assert 0 < mean <= most < 2
+    assert "explicit stack" in failure("eval", trained / "twin", "--max-steps", "1", "--spectral-radius")
