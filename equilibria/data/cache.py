@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from equilibria.data.disk import sha256, sync
 from equilibria.data.tokenizer import load_tokenizer
 from equilibria.data.vocabulary import Vocabulary
 from equilibria.data.word_ids import IDS, WordStyle, in_memory, number_words
@@ -24,8 +26,10 @@ from equilibria.solution import UserError
 
 LARGE = 1 << 26  # bytes of text; below, numbering the words anew takes a second or two
 DAY = 86_400.0  # seconds
-FORMAT = 1  # of a folder of numbered words
+FORMAT = 2  # of a folder of numbered words
 NAMES = ("train.int32", "valid.int32", "test.int32")
+TOKENIZER = "tokenizer.json"
+DIGESTS = "sha256.json"  # of the other files in that folder
 
 
 def cache_folder() -> Path:
@@ -65,6 +69,9 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         yield scratch
         scratch.chmod(0o755)  # a temporary folder is closed to others, a cache may be shared
+        # Otherwise a machine that loses power after the rename could leave a folder of empty files.
+        for path in (*scratch.rglob("*"), scratch):
+            sync(path)
         if replace:
             shutil.rmtree(target, ignore_errors=True)
         try:
@@ -72,6 +79,7 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         except OSError:
             if not target.is_dir():
                 raise
+        sync(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -81,7 +89,9 @@ def numbered_words(paths: Sequence[Path], style: WordStyle, *, large: int = LARG
 
     Texts of `large` bytes and more are numbered once. Their ids, int32, are kept in the cache folder under the SHA-256
     of the files' contents and of the style, so that a text that changed in any way is numbered anew, and are read from
-    there as they are needed (memory-mapped); the SHA-256 takes a second or so. Other texts give int64 in memory.
+    there as they are needed (memory-mapped). What is kept has SHA-256s of its own: a file that is not as it was written
+    has the text numbered again, with a line on stderr. Text and ids together take a second or so to check. Other texts
+    give int64 in memory.
     """
     if sum(path.stat().st_size for path in paths) < large:
         outs = in_memory()
@@ -89,14 +99,20 @@ def numbered_words(paths: Sequence[Path], style: WordStyle, *, large: int = LARG
         return [_tensor(out.getbuffer()).to(torch.int64) for out in outs], vocabulary  # pyright: ignore
     folder = cache_folder() / "words" / _key(paths, style)
     if not folder.is_dir():
-        with new_folder(folder) as scratch, contextlib.ExitStack() as stack:
+        _make(folder, paths, style)
+    elif not _whole(folder):
+        print(f"the kept text in {folder} is damaged; its words are numbered again", file=sys.stderr, flush=True)
+        _make(folder, paths, style, replace=True)
+    return _read(folder)
+
+
+def _make(folder: Path, paths: Sequence[Path], style: WordStyle, *, replace: bool = False) -> None:
+    with new_folder(folder, replace=replace) as scratch:
+        with contextlib.ExitStack() as stack:
             outs = [stack.enter_context((scratch / name).open("w+b")) for name in NAMES]
             bar = stack.enter_context(_bar(paths))
-            vocabulary = number_words(paths, style, outs, bar.update)
-            vocabulary.save(scratch)
-            sizes = {name: out.seek(0, os.SEEK_END) for name, out in zip(NAMES, outs, strict=True)}
-            (scratch / "sizes.json").write_text(json.dumps(sizes))
-    return _read(folder)
+            number_words(paths, style, outs, bar.update).save(scratch)
+        (scratch / DIGESTS).write_text(json.dumps({path.name: sha256(path) for path in scratch.iterdir()}))
 
 
 def _bar(paths: Sequence[Path]) -> tqdm:
@@ -105,21 +121,25 @@ def _bar(paths: Sequence[Path]) -> tqdm:
     return tqdm(total=size, unit="B", unit_scale=True, desc="numbering the words, once", disable=None)
 
 
-def _read(folder: Path) -> tuple[list[Tensor], Vocabulary]:
-    damaged = UserError(f"the kept text in {folder} is damaged; delete that folder, and it will be made again")
+def _whole(folder: Path) -> bool:
+    """Every file is as it was written."""
     try:
-        vocabulary = load_tokenizer(folder)
-        sizes = json.loads((folder / "sizes.json").read_text())
-        whole = all((folder / name).stat().st_size == sizes[name] for name in NAMES)
-    except (OSError, ValueError, KeyError, TypeError, UserError):
-        raise damaged from None
-    if not whole or not isinstance(vocabulary, Vocabulary):
-        raise damaged
-    return [
+        digests = json.loads((folder / DIGESTS).read_text())
+        return all(sha256(folder / name) == digests[name] for name in (TOKENIZER, *NAMES))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _read(folder: Path) -> tuple[list[Tensor], Vocabulary]:
+    vocabulary = load_tokenizer(folder)
+    assert isinstance(vocabulary, Vocabulary)
+    tokens: list[Tensor] = []
+    for name in NAMES:
+        path = folder / name
+        size = path.stat().st_size // IDS.itemsize
         # A private map: pages are read when they are needed, and writing to them would not reach the file.
-        torch.from_file(str(folder / name), shared=False, size=sizes[name] // IDS.itemsize, dtype=torch.int32)
-        for name in NAMES
-    ], vocabulary
+        tokens.append(torch.from_file(str(path), shared=False, size=size, dtype=torch.int32))
+    return tokens, vocabulary
 
 
 def _key(paths: Sequence[Path], style: WordStyle) -> str:

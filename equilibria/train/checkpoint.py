@@ -10,9 +10,7 @@ A checkpoint is a folder:
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
+from equilibria.data.disk import sha256, sync
 from equilibria.solution import UserError
 
 MODEL, OPTIMIZER, POSITION, STATE = (
@@ -44,11 +43,11 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     fresh.mkdir(parents=True)
     fill(fresh)
     for path in (*fresh.iterdir(), fresh):
-        _sync(path)
+        sync(path)
     if target.exists():
         target.rename(old)
     fresh.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -65,7 +64,7 @@ def write_json(path: Path, values: Any) -> None:
     """Write a JSON file, whole or not at all."""
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    _sync(fresh)
+    sync(fresh)
     fresh.replace(path)
 
 
@@ -84,7 +83,7 @@ def save_checkpoint(
             save_file(_optimizer_tensors(model, optimizer), fresh / OPTIMIZER)
         if position is not None:
             save_file({name: tensor.contiguous() for name, tensor in position.items()}, fresh / POSITION)
-        digests = {path.name: _digest(path) for path in sorted(fresh.iterdir())}
+        digests = {path.name: sha256(path) for path in sorted(fresh.iterdir())}
         write_json(fresh / STATE, {**state, "sha256": digests})
 
     write_folder(folder, fill)
@@ -150,22 +149,6 @@ def _beside(target: Path, suffix: str) -> Path:
     return target.with_name(f".{target.name}.{suffix}")
 
 
-def _sync(path: Path) -> None:
-    """Force a file, or a folder's entries, to the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
@@ -179,7 +162,7 @@ def _check_digest(path: Path, digests: dict[str, str]) -> None:
     """The file must be the very one that was written: a flipped bit would go unnoticed by safetensors."""
     if not path.is_file():
         raise _damaged(path, "it is missing")
-    if _digest(path) != digests.get(path.name):
+    if sha256(path) != digests.get(path.name):
         raise _damaged(path, "its content is not what was written")
 
 

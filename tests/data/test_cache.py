@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from equilibria.data import Vocabulary, WordStyle, word_corpus, word_ids
+from equilibria.data import Vocabulary, WordStyle, cache, word_corpus, word_ids
 from equilibria.data.cache import cache_folder, new_folder, numbered_words
 from equilibria.data.word_ids import text_chunks
 from equilibria.solution import UserError
@@ -105,20 +106,48 @@ def test_writing_into_the_tokens_does_not_reach_the_cache(cached: Path, tmp_path
     assert torch.equal(word_corpus("x", paths, large=0).train.tokens, kept)
 
 
-def test_what_fails_leaves_nothing_and_what_is_damaged_is_named(cached: Path, tmp_path: Path) -> None:
+def test_what_fails_leaves_nothing(cached: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'new' of .*test is not among the words of the train split"):
         word_corpus("x", write(tmp_path, "a\n", "a\n", "new\n"), large=0)
     assert list(cached.iterdir()) == []
-    paths = write(tmp_path, "a b\n", "a\n", "b\n")
+
+
+def flip(content: bytes) -> bytes:
+    return bytes([content[0] ^ 1]) + content[1:]
+
+
+@pytest.mark.parametrize("damage", [flip, lambda content: content[:-1], lambda content: b"1234", None])
+@pytest.mark.parametrize("name", ["train.int32", "valid.int32", "test.int32", "tokenizer.json", "sha256.json"])
+def test_what_is_damaged_is_made_again(
+    name: str, damage: Callable[[bytes], bytes] | None, cached: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also an id that became another one, which leaves the size of the file as it was."""
+    paths = write(tmp_path, "a b b c\n", "a\n", "b\n")
     word_corpus("x", paths, large=0)
     (kept,) = cached.iterdir()
-    for name in ("valid.int32", "sizes.json", "tokenizer.json"):
-        content = (kept / name).read_bytes()
-        (kept / name).write_bytes(b"1234")
-        with pytest.raises(UserError, match=r"kept text in .* is damaged; delete that folder"):
-            word_corpus("x", paths, large=0)
-        (kept / name).write_bytes(content)
-    word_corpus("x", paths, large=0)
+    content = (kept / name).read_bytes()
+    if damage is None:
+        (kept / name).unlink()
+    else:
+        (kept / name).write_bytes(damage(content))
+    capsys.readouterr()
+    for line in (f"the kept text in {kept} is damaged; its words are numbered again\n", ""):
+        corpus = word_corpus("x", paths, large=0)
+        assert capsys.readouterr().err == line
+        assert corpus.tokenizer.decode(corpus.train.tokens.tolist()) == "a b b c\n"
+    assert (kept / name).read_bytes() == content
+    assert [path.name for path in cached.iterdir()] == [kept.name]
+
+
+def test_all_is_on_the_disk_before_a_folder_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(cache, "sync", lambda path: synced.append(path.name if target.is_dir() else f"before: {path.name}"))
+    target = tmp_path / "target"
+    with new_folder(target) as scratch:
+        (scratch / "deep").mkdir()
+        (scratch / "deep" / "file").write_text("content")
+    assert sorted(synced[:-2]) == ["before: deep", "before: file"]
+    assert synced[-2:] == [f"before: {scratch.name}", tmp_path.name]
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
