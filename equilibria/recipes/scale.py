@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from equilibria.solution import UserError
-from equilibria.train.config import RunConfig, TransformerModel
+from equilibria.train.config import OptimConfig, RunConfig, TransformerModel
 
 
 def scaled(config: RunConfig, scale: float) -> RunConfig:
@@ -15,7 +15,8 @@ def scaled(config: RunConfig, scale: float) -> RunConfig:
 
     Widths are rounded to what their model can have: `d_model` to an even multiple of the heads, and `div_val` is lowered
     where it would leave no width to the rarest words. Lengths, clusters, dropouts, rates, tolerances and the corpus stay
-    as they are. So any recipe can be tried on a laptop.
+    as they are. So any recipe can be tried on a laptop. A schedule that cuts the rate at epochs becomes a cosine down
+    to the same end, since steps and batches of another number make other epochs.
 
     >>> from equilibria.recipes.laptop import quickstart
     >>> scaled(quickstart(), 0.5).model.d_model
@@ -54,11 +55,16 @@ def scaled(config: RunConfig, scale: float) -> RunConfig:
             pretrain_steps=round(optim.pretrain_steps * scale),
             batch_size=batch_size,
             batch_chunk=min(optim.batch_chunk, batch_size),
+            **_schedule(optim),
         ),
         solver=dataclasses.replace(config.solver, jacobian_every=times(config.solver.jacobian_every)),
         eval_every=times(config.eval_every),
         log_every=min(config.log_every, max(1, steps // 10)),
     )
+
+
+def _schedule(optim: OptimConfig) -> dict[str, Any]:
+    return {"schedule": "cosine", "decay_epochs": (), "anneal": None} if optim.schedule == "step-decay" else {}
 
 
 def _fitting(model: TransformerModel) -> int:

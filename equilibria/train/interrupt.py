@@ -1,4 +1,4 @@
-"""Ctrl-C as a request to stop at the next good moment."""
+"""Ctrl-C, or the SIGTERM of a job system, as a request to stop at the next good moment."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """While entered, the first SIGINT sets `requested`; the second raises KeyboardInterrupt as usual."""
+    """While entered, the first SIGINT or SIGTERM sets `requested`; a SIGINT after it raises KeyboardInterrupt as usual."""
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous: Any = None
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        self._previous = signal.signal(signal.SIGINT, self._handle)
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def check(self) -> None:
         """Raise Interrupted if a stop was requested."""
@@ -33,7 +34,9 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return  # a job system may ask more than once
         self.requested = True
         # Not print: its buffer may be in use by the very code that the signal interrupted.
         os.write(2, b"\nstopping after this step; ctrl-C again aborts\n")

@@ -1,4 +1,4 @@
-"""Ctrl-C, sent to a real process."""
+"""Ctrl-C and SIGTERM, sent to a real process."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ def wait_for(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
     raise AssertionError("training did not begin within a minute")
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(text_dir: Path, small: list[str], tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(number: signal.Signals, text_dir: Path, small: list[str], tmp_path: Path):
     run = tmp_path / "a run"
     process = start(run, text_dir, small)
     wait_for(process, lambda: len(read_metrics(run / "metrics.jsonl")) >= 3)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert "Traceback" not in err

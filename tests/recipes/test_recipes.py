@@ -93,6 +93,15 @@ def test_every_recipe_can_be_scaled(name: str, scale: float):
         assert small.model.d_model == pytest.approx(config.model.d_model * scale, abs=2 * config.model.n_head)
 
 
+def test_cuts_at_epochs_do_not_outlive_the_epochs():
+    config = RECIPES["wikitext-103-trellisnet"]()
+    small = scaled(config, 0.1)
+    assert (config.optim.schedule, small.optim.schedule) == ("step-decay", "cosine")
+    assert small.optim.eta_min == config.optim.eta_min
+    assert (small.optim.decay_epochs, small.optim.anneal) == ((), None)
+    assert small.eval_every == 2107
+
+
 def test_scale_of_one_changes_nothing_and_nonsense_is_refused():
     config = RECIPES["wikitext-103-trellisnet"]()
     assert scaled(config, 1.0) == config
