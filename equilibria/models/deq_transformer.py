@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from equilibria.adjoints import Adjoint
 from equilibria.models.block import DropoutMasks, KeysValues, Memory, TransformerBlock
 from equilibria.models.language_model import EquilibriumLM, LMShape
+from equilibria.models.memory import check_tensors
 from equilibria.nn.adaptive_embedding import AdaptiveEmbedding
 from equilibria.nn.adaptive_softmax import AdaptiveSoftmax
 from equilibria.nn.deq import DEQ
@@ -96,7 +97,9 @@ class DEQTransformerLM(EquilibriumLM):
             config; assign others at any time.
 
     Raises:
-        ValueError: a config that makes no model; tokens, targets or memory of shapes that do not fit together.
+        ValueError: a config that makes no model; tokens, targets or memory of shapes that do not fit together; a memory
+            of a dtype or on a device that is not the model's.
+        TypeError: a memory that is no `Memory`.
 
     Source: Bai, Kolter & Koltun, "Deep Equilibrium Models", NeurIPS 2019, section 3.3. Deliberate differences from the
     released code: dropout on the output is shared over time (there it drops whole positions: `drop_positions`),
@@ -196,9 +199,10 @@ class DEQTransformerLM(EquilibriumLM):
         return self.mem_len if self.training or self.eval_mem_len is None else self.eval_mem_len
 
     def check_memory(self, memory: Memory, batch: int) -> None:
-        """Raise ValueError where the memory is not one for `batch` sequences."""
+        """Raise ValueError or TypeError where the memory is not one for `batch` sequences."""
+        check_tensors(memory, Memory, self.inject.weight, joined=False)
         d = self.config.d_model
-        columns = memory.z.shape[1]
+        columns = memory.z.shape[1] if memory.z.dim() == 3 else 0
         if memory.z.shape != (batch, columns, d) or memory.u.shape != (batch, columns, 3 * d):
             raise ValueError(
                 f"memory has shapes {tuple(memory.z.shape)} and {tuple(memory.u.shape)}, but {batch} sequences of width "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from equilibria.adjoints import Adjoint
 from equilibria.models.causal_convolution import CausalConvolution
 from equilibria.models.language_model import EquilibriumLM, LMShape
+from equilibria.models.memory import check_tensors
 from equilibria.models.trellis_block import TrellisBlock, TrellisMasks
 from equilibria.nn.adaptive_softmax import AdaptiveSoftmax
 from equilibria.nn.deq import DEQ
@@ -123,7 +124,9 @@ class DEQTrellisNetLM(EquilibriumLM):
         solver, stopping, adjoint, eval_stopping: how the equilibrium is found and differentiated; see `DEQ`.
 
     Raises:
-        ValueError: a config that makes no model; tokens, targets or memory of shapes that do not fit together.
+        ValueError: a config that makes no model; tokens, targets or memory of shapes that do not fit together; a memory
+            of a dtype or on a device that is not the model's.
+        TypeError: a memory that is no `TrellisMemory`.
 
     Sources: Bai, Kolter & Koltun, "Deep Equilibrium Models", NeurIPS 2019, section 3.3; the same, "Trellis Networks for
     Sequence Modeling", 2019; for the kinds of dropout Merity, Keskar & Socher, "Regularizing and Optimizing LSTM Language
@@ -217,7 +220,8 @@ class DEQTrellisNetLM(EquilibriumLM):
         return TrellisMemory(z[:, -1:].detach().clone())  # not a view, which would keep the whole segment
 
     def check_memory(self, memory: TrellisMemory, batch: int) -> None:
-        """Raise ValueError where the memory is not one for `batch` sequences."""
+        """Raise ValueError or TypeError where the memory is not one for `batch` sequences."""
+        check_tensors(memory, TrellisMemory, self.embedding.weight, joined=True)
         expected = (batch, 1, 2 * self.block.d_state)
         if memory.z.shape != expected:
             raise ValueError(

@@ -113,7 +113,7 @@ class EquilibriumLM(nn.Module, ABC):
 
     @abstractmethod
     def check_memory(self, memory: Any, batch: int) -> None:
-        """Raise ValueError where the memory is not one for `batch` sequences."""
+        """Raise ValueError or TypeError where the memory is not one for `batch` sequences."""
 
     @abstractmethod
     def output(self, z: Tensor) -> Tensor:
