@@ -40,7 +40,7 @@ class AdaptiveSoftmax(nn.Module):
 
     Raises:
         ValueError: cutoffs that do not increase or exceed the vocabulary, a div_val that leaves a width of zero, targets
-            outside of the vocabulary, or shapes that do not fit.
+            outside of the vocabulary or of no integer dtype, or shapes that do not fit.
 
     Sources: Grave et al., "Efficient softmax approximation for GPUs", 2017, section 4; Baevski & Auli, "Adaptive Input
     Representations for Neural Language Modeling", 2019, section 3; Merity, Keskar & Socher, "An Analysis of Neural
@@ -74,7 +74,7 @@ class AdaptiveSoftmax(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         check_shapes(hidden, targets, self.clusters.d_model)
-        rows, ids = hidden.reshape(-1, self.clusters.d_model), targets.flatten()  # (N, d_model), (N,)
+        rows, ids = hidden.reshape(-1, self.clusters.d_model), targets.flatten().long()  # (N, d_model), (N,)
         words = self._words()
         if not self.clusters.cutoffs:
             check_ids(ids, self.clusters.n_token)
@@ -148,7 +148,7 @@ class AdaptiveSoftmax(nn.Module):
 
         The code of 2019 returns its losses so: they are `softmax(hidden, targets).flatten()[order]`.
         """
-        return self.clusters.order(targets)[0]
+        return self.clusters.order(targets.long())[0]
 
     def _column(self, i: int) -> int:
         """The column of the head that stands for cluster i >= 1: the i-th from the end."""
@@ -197,6 +197,8 @@ def check_shapes(hidden: Tensor, targets: Tensor, width: int) -> None:
             f"hidden has shape {tuple(hidden.shape)} and targets {tuple(targets.shape)}; "
             f"give one target for each position: {tuple(hidden.shape[:-1])}"
         )
+    if targets.dtype == torch.bool or targets.is_floating_point() or targets.is_complex():
+        raise ValueError(f"targets have dtype {targets.dtype}; give the ids of words, as integers of any size")
 
 
 def check_width(hidden: Tensor, width: int) -> None:

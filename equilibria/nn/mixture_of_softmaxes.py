@@ -26,7 +26,8 @@ class MixtureOfSoftmaxes(nn.Module):
 
     Parameters: `weight` (n_token, d_embed) and `bias` (n_token,) of the softmaxes, `prior` and `latent`, linear maps of
     the hidden vector. In training mode entries of `latent(h)` are dropped before the tanh, the same at all positions of
-    a sequence: the mask has shape (B, 1, K * d_embed).
+    a sequence: for hidden vectors (B, L, d_model) the mask has shape (B, 1, K * d_embed). Vectors (N, d_model) are the
+    positions of one sequence, and (d_model,) is one position.
 
     Args:
         n_token: number of words.
@@ -38,11 +39,11 @@ class MixtureOfSoftmaxes(nn.Module):
         init_std: standard deviation of the normal distribution from which all weights are drawn; biases are zero. None
             leaves `prior` and `latent` as nn.Linear draws them, and takes 0.01 for the words.
 
-    Shapes: hidden (..., L, d_model), targets (..., L) of integers -> (..., L), in nats.
+    Shapes: hidden (..., d_model), targets (...) of integers -> (...), in nats.
 
     Raises:
-        ValueError: a size below 1, a dropout outside [0, 1), a negative eps, targets outside of the vocabulary, or
-            shapes that do not fit.
+        ValueError: a size below 1, a dropout outside [0, 1), a negative eps, targets outside of the vocabulary or of no
+            integer dtype, or shapes that do not fit.
 
     Source: Yang et al., "Breaking the Softmax Bottleneck: A High-Rank RNN Language Model", 2018, section 2.4.
 
@@ -76,14 +77,15 @@ class MixtureOfSoftmaxes(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         check_shapes(hidden, targets, self.d_model)
+        targets = targets.long()
         check_ids(targets, self.n_token)
-        log_prior, logits = self._experts(hidden)  # (..., L, K), (..., L, K, V)
+        log_prior, logits = self._experts(hidden)  # (..., K), (..., K, V)
         ids = targets.unsqueeze(-1).expand_as(log_prior)
         nll = F.cross_entropy(logits.reshape(-1, self.n_token), ids.reshape(-1), reduction="none").view_as(log_prior)
         return -self._add_eps((log_prior - nll).logsumexp(-1))
 
     def log_prob(self, hidden: Tensor) -> Tensor:
-        """log(p + eps) of every word, (..., L, d_model) -> (..., L, n_token)."""
+        """log(p + eps) of every word, (..., d_model) -> (..., n_token)."""
         log_prior, logits = self._experts(hidden)
         return self._add_eps((log_prior.unsqueeze(-1) + logits.log_softmax(-1)).logsumexp(-2))
 
@@ -95,10 +97,11 @@ class MixtureOfSoftmaxes(nn.Module):
         self.weight = shared[0]
 
     def _experts(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """log π (..., L, K) and the logits (..., L, K, V) of all softmaxes, in float32 at least."""
+        """log π (..., K) and the logits (..., K, V) of all softmaxes, in float32 at least."""
         check_width(hidden, self.d_model)
         latent = self.latent(hidden)
-        vectors = torch.tanh(self.drop(latent, self.drop.mask(latent))).unflatten(-1, (self.n_experts, self.d_embed))
+        mask = self.drop.mask(torch.atleast_2d(latent))
+        vectors = torch.tanh(self.drop(latent, mask)).view(*hidden.shape[:-1], self.n_experts, self.d_embed)
         logits, prior = F.linear(vectors, self.weight, self.bias), self.prior(hidden)
         return at_least_float32(prior).log_softmax(-1), at_least_float32(logits)
 

@@ -317,3 +317,26 @@ class TestRefusals:
             head.log_prob(torch.randn(2, 7))
         with pytest.raises(ValueError, match="give one target for each position"):
             head(torch.randn(2, 8), torch.tensor([[1, 3]]))
+
+
+@pytest.mark.parametrize("cutoffs", [(), (3, 7)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_targets_are_integers_of_any_size(cutoffs, dtype):
+    head, hidden, targets = softmax(11, 4, 5, cutoffs), torch.randn(2, 6, 5, dtype=F64), torch.randint(11, (2, 6))
+    assert torch.equal(head(hidden, targets.to(dtype)), head(hidden, targets))
+    with pytest.raises(ValueError, match="vocabulary has 11 words"):
+        head(hidden, torch.full((2, 6), 11, dtype=dtype))
+
+
+@pytest.mark.parametrize("cutoffs", [(), (3, 7)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bool, torch.complex64])
+def test_targets_are_integers(cutoffs, dtype):
+    with pytest.raises(ValueError, match=rf"targets have dtype {dtype}; give the ids of words, as integers"):
+        softmax(11, 4, 5, cutoffs)(torch.randn(2, 6, 5, dtype=F64), torch.ones(2, 6, dtype=dtype))
+
+
+def test_small_integers_and_a_large_vocabulary():
+    """The vocabulary's size is beyond the dtype of the targets."""
+    head, hidden, targets = softmax(300, 4, 4, (100, 290)), torch.randn(5, 4, dtype=F64), torch.tensor([0, 99, 100, 127, 3])
+    assert torch.equal(head(hidden, targets.to(torch.int8)), head(hidden, targets))
+    assert torch.equal(head.cluster_order(targets.to(torch.int8)), head.cluster_order(targets))

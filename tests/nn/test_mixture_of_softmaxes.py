@@ -143,3 +143,31 @@ def test_refuses_what_does_not_fit():
         mixture(n_experts=0)
     with pytest.raises(ValueError, match="at least 0 and below 1"):
         mixture(dropout=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_targets_are_integers_of_any_size(dtype):
+    head, hidden, targets = mixture(), torch.randn(2, 6, 5, dtype=F64), torch.randint(11, (2, 6))
+    assert torch.equal(head(hidden, targets.to(dtype)), head(hidden, targets))
+    with pytest.raises(ValueError, match="vocabulary has 11 words"):
+        head(hidden, torch.full((2, 6), 11, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bool, torch.complex64])
+def test_targets_are_integers(dtype):
+    with pytest.raises(ValueError, match=rf"targets have dtype {dtype}; give the ids of words, as integers"):
+        mixture()(torch.randn(2, 6, 5, dtype=F64), torch.ones(2, 6, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (1, 7), (3, 2, 7)])
+def test_dropout_of_a_position_a_sequence_and_batches(shape):
+    """One draw per sequence, whose positions are the last dimension but one; a position alone is a sequence of one."""
+    head, hidden = mixture(dropout=0.5), torch.randn(*shape, 5, dtype=F64)
+    torch.manual_seed(3)
+    found = head.log_prob(hidden)
+    torch.manual_seed(3)
+    mask = head.drop.mask(torch.empty(*shape[:-1], 1, 12, dtype=F64))
+    assert mask is not None
+    expected = (probabilities(head, hidden, mask.view(12) if not shape else mask) + head.eps).log()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert head(hidden, torch.zeros(shape, dtype=torch.int64)).shape == shape
