@@ -68,14 +68,14 @@ class TrellisShape(LMShape):
         self._check_positive("embed_range", "init_std", "inject_std")
         if self.n_experts and self.cutoffs:
             raise ValueError(
-                f"n_experts is {self.n_experts} and cutoffs are {self.cutoffs}, but a mixture of softmaxes is not split; "
-                "give n_experts=0 or cutoffs=()"
+                f"n_experts is {self.n_experts} and cutoffs is {self.cutoffs}, but a mixture of softmaxes is not split; "
+                "give n_experts 0 or no cutoffs"
             )
         if self.tie_weights and not self.n_experts and self.d_embed != self.d_output:
             raise ValueError(
-                f"tie_weights lets the softmax share the word vectors, but d_embed is {self.d_embed} and d_output "
-                f"{self.d_output}; make them equal, give tie_weights=False, or n_experts for a mixture of softmaxes, "
-                "which reads vectors of width d_embed"
+                f"tie_weights is True, but the word vectors have width d_embed {self.d_embed} and the softmax reads "
+                f"d_output {self.d_output}; make the two equal, leave the weights untied, or give n_experts, for a "
+                "mixture of softmaxes reads vectors of width d_embed"
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,8 @@ class LMShape:
 
     def __post_init__(self) -> None:
         self._check_counts(subseq_len=1, depth=1)
+        if any(left >= right for left, right in pairwise((0, *self.cutoffs))):
+            raise ValueError(f"cutoffs is {self.cutoffs}; give rising numbers from 1 on")
 
     def _check_counts(self, **lowest: int) -> None:
         for name, least in lowest.items():

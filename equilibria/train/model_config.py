@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from equilibria.models.deq_transformer import TransformerShape
@@ -16,7 +18,7 @@ class TransformerModel(TransformerShape):
     """Shape of the Transformer; its vocabulary comes from the corpus."""
 
     def __post_init__(self) -> None:
-        _as_options(super().__post_init__)
+        _as_options(self, super().__post_init__)
         fits = self.d_model % self.n_head == 0 and self.d_model % 2 == 0
         check(fits, "d_model", self.d_model, f"give an even multiple of --n-head {self.n_head}")
         _check_dropouts(self)
@@ -27,7 +29,7 @@ class TrellisModel(TrellisShape):
     """Shape of the TrellisNet; its vocabulary comes from the corpus."""
 
     def __post_init__(self) -> None:
-        _as_options(super().__post_init__)
+        _as_options(self, super().__post_init__)
         _check_dropouts(self)
 
 
@@ -50,14 +52,14 @@ def fixed_fields(model: Model) -> list[str]:
     return [name for name in names if not name.endswith("dropout") and name != "eval_mem_len"]
 
 
-def _as_options(check_shape: object) -> None:
-    """Let a shape check itself; where it objects, name the option as it is typed."""
-    assert callable(check_shape)
+def _as_options(model: Model, check_shape: Callable[[], None]) -> None:
+    """Let a shape check itself; where it objects, name its fields as they are typed."""
     try:
         check_shape()
     except ValueError as error:
-        name, rest = str(error).split(" ", 1)
-        raise UserError(f"--{name.replace('_', '-')} {rest}") from None
+        names = "|".join(item.name for item in dataclasses.fields(model))
+        message = re.sub(rf"\b({names})\b", lambda name: f"--{name[0].replace('_', '-')}", str(error))
+        raise UserError(message) from None
 
 
 def _check_dropouts(model: object) -> None:

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from equilibria.cli.train import TrainOptions
+from equilibria.models.deq_trellisnet import TrellisShape
 from equilibria.recipes import RECIPES
 from equilibria.solution import UserError
 from equilibria.train.config import (
@@ -104,6 +106,10 @@ def test_unreadable_json_is_a_user_error(tmp_path: Path):
         (TransformerModel, {"attention_dropout": -0.1}),
         (TrellisModel, {"d_hidden": 0}),
         (TrellisModel, {"weight_dropout": 1.0}),
+        (TransformerModel, {"cutoffs": (40, 10)}),
+        (TransformerModel, {"cutoffs": (10, 10)}),
+        (TrellisModel, {"cutoffs": (0, 10)}),
+        (TrellisModel, {"cutoffs": (-1,)}),
         (SolveConfig, {"backward_rtol": 0.0, "backward_atol": 0.0}),
         (SolveConfig, {"eval_rtol": 0.0, "eval_atol": 0.0}),
         (SolveConfig, {"max_evals_delta": 16}),
@@ -120,6 +126,32 @@ def test_values_out_of_range_name_the_option(kind: type, values: dict[str, Any])
     with pytest.raises(UserError, match=f"^--{option} is .*; ") as caught:
         kind(**values)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"d_embed": 8, "d_output": 16},
+            "tie_weights is True, but the word vectors have width d_embed 8 and the softmax reads d_output 16; make the "
+            "two equal, leave the weights untied, or give n_experts, for a mixture of softmaxes reads vectors of width "
+            "d_embed",
+        ),
+        (
+            {"n_experts": 2, "cutoffs": (3, 7)},
+            "n_experts is 2 and cutoffs is (3, 7), but a mixture of softmaxes is not split; give n_experts 0 or no cutoffs",
+        ),
+        ({"cutoffs": (7, 3)}, "cutoffs is (7, 3); give rising numbers from 1 on"),
+        ({"inject_std": 0.0}, "inject_std is 0.0; give a finite number above 0"),
+    ],
+)
+def test_a_shape_objects_in_the_style_of_the_library_and_of_the_command_line(values: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=re.escape(message) + "$"):
+        TrellisShape(**values)
+    for name in ("tie_weights", "d_embed", "d_output", "n_experts", "cutoffs", "inject_std"):
+        message = message.replace(name, f"--{name.replace('_', '-')}")
+    with pytest.raises(UserError, match=re.escape(message) + "$"):
+        TrellisModel(**values)
 
 
 def test_option_names_are_unique_across_groups():
