@@ -47,7 +47,7 @@ class TrellisShape(LMShape):
     output_dropout: float = 0.0
     """Probability of dropping a unit of what the softmax reads, at all positions."""
     latent_dropout: float = 0.0
-    """Probability of dropping a unit of the vectors of a mixture of softmaxes, at all positions."""
+    """With n_experts: probability of dropping a unit of the vectors of the mixture, at all positions."""
     weight_dropout: float = 0.0
     """Probability of dropping a weight of the two convolutions, except of their last taps. One draw per segment."""
     embed_range: float = 0.1

@@ -29,7 +29,7 @@ class LMShape:
     cutoffs: tuple[int, ...] = ()
     """First ids of the clusters of rarer words, for an adaptive softmax; none for the plain one."""
     subseq_len: int | None = None
-    """Solve a segment in pieces of this length, in order; None for the whole segment at once."""
+    """Solve a segment in pieces of this length, in order; None for the whole segment at once. A stack takes it whole."""
     depth: int | None = None
     """Number of layers of the explicit twin, weights tied; None for the equilibrium."""
 

@@ -1,12 +1,6 @@
 """Options of the optimizer, of its learning rate, and of how much of the text one step sees.
 
-The options of the released training scripts become: optim -> optimizer; scheduler (cosine, inv_sqrt, constant,
-dev_perf) -> schedule (cosine, inverse-sqrt, constant, dev-performance); warmup_step, max_step -> warmup_steps, steps;
-eta_min and lr_min -> eta_min; decay_rate, patience, clip, batch_size, batch_chunk, pretrain_steps -> themselves;
-tgt_len or seq_len -> length; varlen -> variable_length; n_layer, eval_n_layer -> pretrain_depth, eval_depth. Of the
-TrellisNet script: when, anneal -> decay_epochs, anneal with schedule step-decay, decay_rate 0.1 and eta_min 1e-5;
-epochs -> as many steps. Of a whole run: eval-interval, log-interval, eval_tgt_len, max_eval_steps -> eval_every,
-log_every, eval_length, max_eval_steps. Those of the solves are in `equilibria.train.solve_config`.
+What the released scripts call them stands in docs/original.md.
 """
 
 from __future__ import annotations
@@ -29,9 +23,9 @@ class OptimConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.98)
-    """Decay of the two running means of adam, adamw and radam."""
+    """With --optimizer adamw, adam or radam: decay of the two running means."""
     momentum: float = 0.0
-    """Of sgd and rmsprop."""
+    """With --optimizer sgd or rmsprop: decay of the running sum of the steps."""
     weight_decay: float = 0.0
     """Decay of the matrices; vectors are spared."""
     decay_vectors: bool = False
@@ -43,15 +37,16 @@ class OptimConfig:
     warmup_steps: int = 50
     """Steps over which the learning rate rises linearly from zero."""
     eta_min: float = 0.0
-    """The rate that cosine ends at, and below which dev-performance and step-decay do not go."""
+    """With --schedule cosine: the rate at its end. With dev-performance or step-decay: the lowest rate."""
     decay_rate: float = 0.5
-    """Factor of one cut of dev-performance or step-decay."""
+    """With --schedule dev-performance or step-decay: factor of one cut."""
     patience: int = 0
-    """Validations without a better loss that dev-performance forgives before it cuts."""
+    """With --schedule dev-performance: validations without a better loss that it forgives before it cuts."""
     decay_epochs: tuple[int, ...] = ()
-    """Epochs, counted from 1, at whose ends step-decay cuts."""
+    """With --schedule step-decay: epochs, counted from 1, at whose ends it cuts."""
     anneal: int | None = None
-    """step-decay also cuts when a validation loss is worse than the best of all but this many before it; None: never."""
+    """With --schedule step-decay: it also cuts when a validation loss is worse than the best of all but this many before
+    it; None: never."""
     lr_as_released: bool = False
     """The very rates of the released training scripts: the first step at the full rate, and a cosine that runs since step
     0, so that the rate falls at the end of the warm-up."""
@@ -72,9 +67,9 @@ class OptimConfig:
     pretrain_steps: int = 0
     """First train the explicit stack for this many steps, then the equilibrium."""
     pretrain_depth: int = 4
-    """Blocks in that stack."""
+    """With --pretrain-steps: blocks in that stack."""
     eval_depth: int | None = None
-    """Blocks in that stack when it is validated; None: --pretrain-depth."""
+    """With --pretrain-steps: blocks in that stack when it is validated; None: --pretrain-depth."""
     minutes: float | None = None
     """Stop cleanly when training has taken this long, resumed parts included; the schedule still follows --steps."""
 

@@ -1,15 +1,7 @@
 """Options of the solves, forward and backward.
 
 A sample has converged when ‖f(z) - z‖ <= atol + rtol ‖f(z)‖, with norms divided by the root of the size of the state, so
-that an atol is an error per entry. The options of the released code, where one test held for a whole batch and thresholds
-count steps (Broyden's needs one evaluation more than it takes steps), become:
-
-- 2019: f_thres, b_thres -> max_evals, backward_max_evals; the fixed eps, 1e-6 forward and 2e-10 backward, which it
-  multiplies by the root of the size -> rtol 0 and atol 1e-6, backward_rtol 0 and backward_atol 2e-10.
-- 2021: f_solver, b_solver -> method, backward_method; stop_mode rel with f_eps and b_eps -> rtol and backward_rtol, and
-  atol 0; stop_mode abs -> atol and backward_atol of eps divided by the root of the size of the batch's state, and rtol 0;
-  rand_f_thres_delta -> max_evals_delta; jac_loss_weight, jac_loss_freq, jac_incremental -> jacobian_weight,
-  jacobian_share, jacobian_every.
+that an atol is an error per entry. What the released scripts call the options stands in docs/original.md.
 """
 
 from __future__ import annotations
@@ -31,9 +23,9 @@ class SolveConfig:
     method: MethodName = "anderson"
     """Solver of the forward pass."""
     history: int = 5
-    """Past steps that Anderson or Broyden keeps."""
+    """With --method or --backward-method anderson or broyden: past steps that the solver keeps."""
     damping: float = 1.0
-    """Length of a step of Picard or Anderson; 1 is the full step. Of the reversible iteration: its β, below 1."""
+    """With --method anderson or picard: length of a step; 1 is the full step. With reversible: its β, below 1."""
     rtol: float = 1e-2
     """A sample has converged when ‖f(z) - z‖ <= atol + rtol ‖f(z)‖; 0 for an absolute test."""
     atol: float = 1e-6
@@ -53,23 +45,23 @@ class SolveConfig:
     neumann: the first terms of its series; phantom: differentiate a few last steps; unrolled: the whole solve, or
     checkpointed, in less memory; reversible: walk the reversible method back."""
     backward_method: LinearName = "gmres"
-    """Solver of the linear system of implicit."""
+    """With --backward implicit: solver of the linear system."""
     backward_rtol: float = 1e-2
-    """Relative tolerance of the backward solve, for implicit and shine."""
+    """With --backward implicit or shine: relative tolerance of the backward solve."""
     backward_atol: float = 1e-12
-    """Absolute tolerance of the backward solve, for implicit."""
+    """With --backward implicit: absolute tolerance of the backward solve."""
     backward_max_evals: int = 16
-    """Vector-Jacobian products that one backward solve may spend, for implicit and shine."""
+    """With --backward implicit or shine: vector-Jacobian products that one backward solve may spend."""
     phantom_steps: int = 1
-    """Steps that the phantom gradient differentiates, or terms of neumann."""
+    """With --backward phantom: steps that it differentiates. With neumann: terms of the series."""
     jacobian_weight: float = 0.0
     """Weight of the Jacobian loss, which keeps solves short as training goes on; 0 for none."""
     jacobian_share: float = 0.4
-    """Share of the steps, drawn at random, that the Jacobian loss is added to."""
+    """With --jacobian-weight: share of the steps, drawn at random, that the Jacobian loss is added to."""
     jacobian_increment: float = 0.1
-    """Added to the weight every --jacobian-every steps, counted from step 0, once the stack's warm-up is over."""
+    """With --jacobian-every: added to the weight at its multiples, once the stack's warm-up is over."""
     jacobian_every: int | None = None
-    """Steps between two increments of the weight; None: it stays."""
+    """With --jacobian-weight: steps between two increments of the weight; None: it stays."""
 
     def __post_init__(self) -> None:
         check_positive(self, "history", "max_evals", "eval_max_evals", "backward_max_evals", "phantom_steps")

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +155,32 @@ def test_a_shape_objects_in_the_style_of_the_library_and_of_the_command_line(val
         message = message.replace(name, f"--{name.replace('_', '-')}")
     with pytest.raises(UserError, match=re.escape(message) + "$"):
         TrellisModel(**values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "choice", "names"),
+    [
+        (OptimConfig, "--optimizer", ("betas", "momentum")),
+        (OptimConfig, "--schedule", ("eta_min", "decay_rate", "patience", "decay_epochs", "anneal")),
+        (OptimConfig, "--pretrain-steps", ("pretrain_depth", "eval_depth")),
+        (SolveConfig, "--method", ("history", "damping")),
+        (SolveConfig, "--backward", ("backward_method", "backward_rtol", "backward_atol", "backward_max_evals")),
+        (SolveConfig, "--backward", ("phantom_steps",)),
+        (SolveConfig, "--jacobian-weight", ("jacobian_share", "jacobian_every")),
+        (SolveConfig, "--jacobian-every", ("jacobian_increment",)),
+        (TrellisShape, "n_experts", ("latent_dropout",)),
+    ],
+)
+def test_an_option_that_some_choices_alone_read_says_so(kind: type, choice: str, names: tuple[str, ...]):
+    (defined,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(defined, ast.ClassDef)
+    texts = {
+        ast.unparse(field.target): ast.literal_eval(text.value)
+        for field, text in pairwise(defined.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+    for name in names:
+        assert re.match(rf"With {choice}[ :]", texts[name]), name
 
 
 def test_option_names_are_unique_across_groups():
