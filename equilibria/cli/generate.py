@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ class GenerateOptions:
     """Folder of the run (its twin is in RUN/twin)."""
     prompt: str
     """Text to continue."""
+    data_dir: Path | None = None
+    """Folder with the text of a run that was converted without it."""
     tokens: int = 100
     """Tokens to generate."""
     temperature: float = 0.8
@@ -46,8 +49,8 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise UserError(f"--tokens is {self.tokens}; give at least 1")
-        if self.temperature < 0:
-            raise UserError(f"--temperature is {self.temperature}; give 0 or more")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature is {self.temperature}; give a finite number, 0 or more")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"--top-k is {self.top_k}; give at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -62,7 +65,7 @@ def generate_command(argv: Sequence[str]) -> int:
         command="equilibria generate",
         description="Continue a text with the best weights of a run.",
     )
-    run = load_run(options.run)
+    run = load_run(options.run, options.data_dir)
     model = run.model()
     prompt = encode_prompt(run.tokenizer, options.prompt)
 

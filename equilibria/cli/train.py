@@ -65,12 +65,10 @@ def train_command(argv: Sequence[str]) -> int:
     options = _parse(recipe, rest, default)
     folder = None
     if options.resume:
-        if scale != 1:
-            raise UserError("a resumed run keeps its size; leave --scale out")
-        if options.load is not None:
-            raise UserError("a resumed run keeps its weights; leave --load out")
         folder, stored = _stored_run(recipe, options.run_dir)
-        options = _parse(recipe, rest, stored)
+        if scale != 1 and options.config.model != stored.model:
+            raise UserError(f"a resumed run keeps its size, which is not that of --scale {scale:g}; leave --scale out")
+        options = dataclasses.replace(_parse(recipe, rest, stored), load=None)  # the checkpoint has the weights
         if changes := changed_fields(stored, options.config, FIXED_ON_RESUME):
             raise UserError(
                 f"a resumed run cannot change {', '.join(changes)}: the checkpoint depends on it; "
@@ -165,12 +163,13 @@ def _scale(argv: Sequence[str]) -> float:
 
 
 def _value(argv: Sequence[str], option: str) -> str | None:
-    """The value of an option that must be known before the rest can be parsed, for it sets the defaults."""
+    """The last value of an option that must be known before the rest can be parsed, for it sets the defaults."""
+    found = None
     for word, following in zip(argv, [*argv[1:], None], strict=True):
         name, given, value = word.partition("=")
         if name == option:
-            return value if given else following
-    return None
+            found = value if given else following
+    return found
 
 
 def _with_model_of(stored: RunConfig, config: RunConfig) -> RunConfig:

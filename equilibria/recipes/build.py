@@ -107,7 +107,8 @@ def build_model(
     solves = {
         "solver": build_solver(solver, method),
         "stopping": Stopping(rtol=solver.rtol, atol=solver.atol, max_evals=solver.max_evals),
-        "adjoint": build_adjoint(solver),
+        # Another method than the one trained with is only looked at; some adjoints do not go with it.
+        "adjoint": build_adjoint(solver) if method in (None, solver.method) else Implicit(),
         "eval_stopping": trace_stopping(solver) if trace else eval_stopping(solver),
     }
     try:

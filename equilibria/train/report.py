@@ -127,7 +127,14 @@ def _next(summary: Mapping[str, Any], config: RunConfig) -> list[tuple[str, str]
     if model["depth"] is None and (model["unconverged"] or 0) > 0.5:
         more = 2 * config.solver.max_evals
         advice.append((f"{anew} --max-evals {more}", "most solves spent their budget"))
-    if model["best_step"] == model["steps"]:
+    if model["steps"] < config.optim.steps and config.optim.minutes is not None:
+        advice.append(
+            (
+                f"equilibria train {summary['recipe']} --resume --run-dir {run} --minutes {2 * config.optim.minutes:g}",
+                f"stopped by --minutes, of {config.optim.steps:,}",
+            )
+        )
+    elif model["best_step"] == model["steps"]:
         advice.append(
             (
                 f"equilibria train {summary['recipe']} --resume --run-dir {run} --steps {2 * model['steps']}",

@@ -275,7 +275,7 @@ def test_a_run_can_begin_with_the_model_of_another(trained: Path, text_dir: Path
     options[options.index(str(text_dir))] = str(other)
     assert "gives another vocabulary than the one in" in failure("train", "text", *options, "--run-dir", tmp_path / "cows")
     assert not (tmp_path / "cows").exists()
-    assert "leave --load out" in failure("train", "text", "--resume", "--run-dir", tmp_path / "more", *options)
+    assert main(["train", "text", *options, *few, "--resume", "--run-dir", str(tmp_path / "more"), "--steps", "2"]) == 0
     assert "there is no run folder" in failure("train", "text", "--load", tmp_path / "nowhere", "--data-dir", text_dir)
 
 
@@ -285,3 +285,18 @@ def test_eval_estimates_the_spectral_radius_at_the_equilibrium(trained: Path, ca
     mean, most = (float(word.strip(",")) for word in line.split() if word[0].isdigit())
     assert 0 < mean <= most < 2
     assert "explicit stack" in failure("eval", trained / "twin", "--max-steps", "1", "--spectral-radius")
+
+
+def test_the_command_of_a_scaled_run_resumes_it(text_dir: Path, small: list[str], tmp_path: Path, failure):
+    argv = ["train", "text", "--scale", "0.5", "--data-dir", str(text_dir), "--run-dir", str(tmp_path / "run"), "--no-twin"]
+    few = ["--vocab-size", "300", "--batch-size", "4", "--length", "8", "--steps", "1", "--threads", "1"]
+    assert main([*argv, *few]) == 0
+    assert main([*argv, *few, "--resume", "--steps", "2"]) == 0
+    assert "which is not that of --scale 0.25" in failure(*argv, *few, "--resume", "--scale", "0.25")
+
+
+def test_a_run_of_the_reversible_method_is_drawn_and_described(text_dir: Path, small: list[str], tmp_path: Path):
+    argv = ["train", "text", "--data-dir", str(text_dir), "--run-dir", str(tmp_path / "run"), *small, "--no-twin"]
+    assert main([*argv, "--method", "reversible", "--damping", "0.5", "--backward", "reversible"]) == 0
+    assert (tmp_path / "run" / "plots" / "residual.png").is_file()
+    assert (tmp_path / "run" / "summary.json").is_file()
