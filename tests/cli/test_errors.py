@@ -55,7 +55,7 @@ def test_unknown_recipe(failure: Failure):
         ("eval", "missing: RUN (see equilibria eval --help)"),
         ("eval somewhere --split dev", "invalid choice 'dev'"),
         ("generate somewhere", "missing: --prompt STR"),
-        ("generate somewhere --prompt x --temperature -1", "--temperature is -1.0; give 0 or more"),
+        ("generate somewhere --prompt x --temperature -1", "--temperature is -1.0; give a finite number, 0 or more"),
         ("generate somewhere --prompt x --top-p 2", "--top-p is 2.0; give a probability"),
         ("generate somewhere --prompt x --tokens 0", "--tokens is 0; give at least 1"),
     ],
