@@ -104,7 +104,7 @@ python benchmarks/copy_memory.py
 
 {table(["T = 400", "DEQ-Transformer", *names], rows)}
 
-`{deq["command"]}` and `{twin["command"]}`, seed {deq["seed"]}.
+`{deq["command"]}` and `{twin["command"]}`, seed {deq["seed"]}. {result.get("note", "")}
 
 Measured on {where(result)}.
 """

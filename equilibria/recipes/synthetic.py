@@ -23,7 +23,7 @@ def copy_memory() -> RunConfig:
         data=DataConfig(corpus="copy-memory"),
         optim=OptimConfig(
             lr=3e-3,
-            steps=2000,
+            steps=2600,
             warmup_steps=50,
             clip=0.1,
             batch_size=8,
@@ -33,7 +33,7 @@ def copy_memory() -> RunConfig:
         ),
         twin=False,
         twin_depth=4,
-        eval_every=1000,
+        eval_every=1300,
         log_every=25,
         eval_batch_size=50,
     )

@@ -291,7 +291,7 @@ def test_impossible_config(options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"d_embed": 8, "d_output": 4}, "make them equal, give tie_weights=False, or n_experts"),
+        ({"d_embed": 8, "d_output": 4}, "make the two equal, leave the weights untied, or give n_experts"),
         ({"n_experts": 2, "cutoffs": (3,)}, "a mixture of softmaxes is not split"),
     ],
 )
