@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +12,7 @@ import tyro
 
 from equilibria.cli.parse import parse
 from equilibria.data import Corpus
+from equilibria.data.disk import sha256
 from equilibria.data.word_ids import ORIGINAL_STYLES
 from equilibria.interop.original.checkpoint import read_checkpoint
 from equilibria.interop.original.configuration import Configuration, configure
@@ -22,7 +21,7 @@ from equilibria.interop.original.options import MODELS, OriginalOptions, show
 from equilibria.models.deq_transformer import TransformerShape
 from equilibria.recipes.build import build_corpus, build_model
 from equilibria.solution import UserError
-from equilibria.train.checkpoint import save_checkpoint
+from equilibria.train.checkpoint import save_checkpoint, write_folder
 from equilibria.train.config import DataConfig, OptimConfig, RunConfig, SolveConfig, TransformerModel, TrellisModel
 from equilibria.train.run_folder import RunFolder
 
@@ -67,8 +66,7 @@ def convert_command(argv: Sequence[str]) -> int:
 
 def convert(options: ConvertOptions) -> str:
     """Write the run and return what the command prints; a UserError leaves nothing behind."""
-    if options.out.exists() or options.out.is_symlink():
-        raise UserError(f"{options.out} exists already; give the name of a new folder")
+    _refuse_existing(options.out)
     tensors = read_checkpoint(options.original)
     try:
         found = configure(translate(tensors), options.model, release=release(tensors), as_released=options.as_released)
@@ -82,18 +80,22 @@ def convert(options: ConvertOptions) -> str:
     def fill(folder: Path) -> None:
         run = RunFolder(folder)
         run.store_config(config)
-        with options.original.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        save_checkpoint(run.best, {"vocab_size": found.n_token, "original_sha256": digest}, model)
+        save_checkpoint(run.best, {"vocab_size": found.n_token, "original_sha256": sha256(options.original)}, model)
         if text is not None:
             run.tokenizer.mkdir()
             text.tokenizer.save(run.tokenizer)
+        _refuse_existing(options.out)  # nor may it have come up meanwhile, for it would be replaced
 
-    _write_new(options.out, fill)
+    write_folder(options.out, fill)
     rounded = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.element_size() > 4}
     count = sum(parameter.numel() for parameter in model.parameters())
     what = f"{MODELS[family(tensors)]} of {release(tensors)}, {count:,} parameters"
     return _report(options, what, found, config.data.corpus, has_text=text is not None, rounded=sorted(rounded))
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists already; give the name of a new folder")
 
 
 def _run_config(found: Configuration, options: ConvertOptions) -> RunConfig:
@@ -127,18 +129,6 @@ def _text(data: DataConfig, n_token: int) -> Corpus | None:
             f"{n_token:,}; give --corpus and --data-dir of the text that the model was trained on"
         )
     return corpus
-
-
-def _write_new(out: Path, fill: Callable[[Path], None]) -> None:
-    """Make the folder `out`, whole or not at all."""
-    fresh = out.with_name(f".{out.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
-        fresh.mkdir(parents=True)
-        fill(fresh)
-        fresh.rename(out)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _report(

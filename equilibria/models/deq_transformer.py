@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from equilibria.adjoints import Adjoint
 from equilibria.models.block import DropoutMasks, KeysValues, Memory, TransformerBlock
-from equilibria.models.language_model import EquilibriumLM, LMShape
+from equilibria.models.language_model import EquilibriumLM, LMConfig, LMShape
 from equilibria.models.memory import check_tensors
 from equilibria.nn.adaptive_embedding import AdaptiveEmbedding
 from equilibria.nn.adaptive_softmax import AdaptiveSoftmax
@@ -69,15 +69,8 @@ class TransformerShape(LMShape):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerConfig(TransformerShape):
+class TransformerConfig(TransformerShape, LMConfig):
     """The shape of a `DEQTransformerLM`, and of its vocabulary."""
-
-    vocab_size: int
-    """Number of tokens."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_counts(vocab_size=1)
 
 
 class DEQTransformerLM(EquilibriumLM):

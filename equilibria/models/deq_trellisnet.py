@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from equilibria.adjoints import Adjoint
 from equilibria.models.causal_convolution import CausalConvolution
-from equilibria.models.language_model import EquilibriumLM, LMShape
+from equilibria.models.language_model import EquilibriumLM, LMConfig, LMShape
 from equilibria.models.memory import check_tensors
 from equilibria.models.trellis_block import TrellisBlock, TrellisMasks
 from equilibria.nn.adaptive_softmax import AdaptiveSoftmax
@@ -80,15 +80,8 @@ class TrellisShape(LMShape):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrellisConfig(TrellisShape):
+class TrellisConfig(TrellisShape, LMConfig):
     """The shape of a `DEQTrellisNetLM`, and of its vocabulary."""
-
-    vocab_size: int
-    """Number of tokens."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_counts(vocab_size=1)
 
 
 class TrellisMemory(NamedTuple):

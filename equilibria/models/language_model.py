@@ -50,6 +50,18 @@ class LMShape:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a finite number above 0")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LMConfig(LMShape):
+    """A shape, and the size of the vocabulary."""
+
+    vocab_size: int
+    """Number of tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_counts(vocab_size=1)
+
+
 class LMOutput(NamedTuple):
     """What a forward pass over a segment returns."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from equilibria.train.config import DataConfig, OptimConfig, RunConfig, SampleConfig, SolveConfig, TrellisModel
+from equilibria.recipes.released import broyden_2019
+from equilibria.train.config import DataConfig, OptimConfig, RunConfig, SampleConfig, TrellisModel
 
 
 def penn_treebank_trellisnet() -> RunConfig:
@@ -28,17 +29,7 @@ def penn_treebank_trellisnet() -> RunConfig:
             subseq_len=50,
             init_as_released=True,
         ),
-        solver=SolveConfig(
-            method="broyden",
-            history=45,
-            rtol=0.0,
-            atol=1e-6,
-            max_evals=46,
-            backward_method="broyden",
-            backward_rtol=0.0,
-            backward_atol=2e-10,
-            backward_max_evals=46,
-        ),
+        solver=broyden_2019(forward=45, backward=45),
         data=DataConfig(corpus="penn-treebank"),
         optim=OptimConfig(
             optimizer="sgd",

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from equilibria.recipes.released import anderson_2021, broyden_2019
 from equilibria.train.config import (
     DataConfig,
     OptimConfig,
     RunConfig,
     SampleConfig,
-    SolveConfig,
     TransformerModel,
     TrellisModel,
 )
@@ -53,7 +53,7 @@ def wikitext_103_transformer() -> RunConfig:
             inject_std=0.01,
             init_normed=False,  # the scripts' 0.01 does not reach weights under weight norm
         ),
-        solver=_broyden_2019(forward=30, backward=40),
+        solver=broyden_2019(forward=30, backward=40),
         data=DataConfig(corpus="wikitext-103"),
         optim=OptimConfig(
             optimizer="adam",
@@ -112,7 +112,7 @@ def wikitext_103_2021() -> RunConfig:
         config,
         recipe="wikitext-103-2021",
         model=dataclasses.replace(_transformer(config), d_embed=None, subseq_len=None),
-        solver=_anderson_2021(forward=30, backward=35),
+        solver=anderson_2021(forward=30, backward=35),
         optim=dataclasses.replace(config.optim, pretrain_steps=32_000),
     )
 
@@ -128,7 +128,7 @@ def wikitext_103_jacobian() -> RunConfig:
         recipe="wikitext-103-jacobian",
         model=dataclasses.replace(_transformer(config), mem_len=300, dropout=0.06, attention_dropout=0.01),
         solver=dataclasses.replace(
-            _anderson_2021(forward=12, backward=13),
+            anderson_2021(forward=12, backward=13),
             max_evals_delta=2,
             jacobian_weight=1.9,
             jacobian_share=0.35,
@@ -148,7 +148,7 @@ def wikitext_103_jacobian_pre_norm() -> RunConfig:
         recipe="wikitext-103-jacobian-pre-norm",
         model=dataclasses.replace(_transformer(config), pre_norm=True),
         solver=dataclasses.replace(
-            _anderson_2021(forward=14, backward=14),
+            anderson_2021(forward=14, backward=14),
             max_evals_delta=2,
             jacobian_weight=2.0,
             jacobian_share=0.4,
@@ -178,7 +178,7 @@ def wikitext_103_trellisnet() -> RunConfig:
             subseq_len=50,
             init_as_released=True,
         ),
-        solver=_broyden_2019(forward=45, backward=45),
+        solver=broyden_2019(forward=45, backward=45),
         data=DataConfig(corpus="wikitext-103"),
         optim=OptimConfig(
             optimizer="adam",
@@ -203,35 +203,6 @@ def wikitext_103_trellisnet() -> RunConfig:
         eval_every=21_067,  # an epoch
         log_every=100,
         eval_batch_size=4,
-    )
-
-
-def _broyden_2019(*, forward: int, backward: int) -> SolveConfig:
-    """Broyden's method both ways, with every step kept, to the tolerances of the code of 2019."""
-    return SolveConfig(
-        method="broyden",
-        history=max(forward, backward),
-        rtol=0.0,
-        atol=1e-6,
-        max_evals=forward + 1,
-        backward_method="broyden",
-        backward_rtol=0.0,
-        backward_atol=2e-10,
-        backward_max_evals=backward + 1,
-    )
-
-
-def _anderson_2021(*, forward: int, backward: int) -> SolveConfig:
-    """Anderson's method forward and Broyden's backward, to the relative tolerances of the code of 2021."""
-    return SolveConfig(
-        method="anderson",
-        history=6,
-        rtol=1e-3,
-        atol=0.0,
-        max_evals=forward,
-        backward_method="broyden",
-        backward_rtol=1e-3,
-        backward_max_evals=backward + 1,
     )
 
 

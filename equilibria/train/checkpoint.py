@@ -36,17 +36,20 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """Replace the folder `target` by what `fill(folder)` writes, so that a kill at any moment leaves a whole one.
 
     A folder cannot be renamed over another, so the old one steps aside first; `settle_folder` puts it back should the
-    process die between the two renames.
+    process die between the two renames. Where `fill` raises, the old one stays and nothing of the new.
     """
     settle_folder(target)
     fresh, old = _beside(target, "new"), _beside(target, "old")
-    fresh.mkdir(parents=True)
-    fill(fresh)
-    for path in (*fresh.iterdir(), fresh):
-        sync(path)
-    if target.exists():
-        target.rename(old)
-    fresh.rename(target)
+    try:
+        fresh.mkdir(parents=True)
+        fill(fresh)
+        for path in (*fresh.rglob("*"), fresh):
+            sync(path)
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 

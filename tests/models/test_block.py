@@ -2,15 +2,15 @@
 
 import copy
 import itertools
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from segments import TIGHT, assert_compactible
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from equilibria import Anderson, Implicit, Picard, Stopping, Unrolled, fixed_point
+from equilibria import Anderson, Implicit, Picard, Unrolled
 from equilibria.models.block import DropoutMasks, KeysValues, Memory, TransformerBlock
 from equilibria.nn import parametrizations
 from equilibria.nn.deq import DEQ
@@ -18,7 +18,6 @@ from equilibria.nn.relative_attention import sinusoidal_positions
 
 F64 = torch.float64
 B, L, M, D, H, INNER = 3, 5, 4, 16, 2, 12
-TIGHT = Stopping(rtol=1e-12, atol=0.0, max_evals=300)
 
 
 def make(**options: bool | float) -> TransformerBlock:
@@ -185,23 +184,12 @@ def test_batch_dims_let_the_batch_be_compacted_without_changing_the_answer():
         u[:4] *= 0.01  # these converge early
     masks = block.draw_masks(u)
     args = block.prepare(u, past, masks)
-    rows = torch.tensor([4, 1])
-
-    def of_rows(arg: Any, dim: int | None) -> Any:
-        return tree_map(lambda x: x if dim is None or x is None else x.index_select(dim, rows), arg)
-
-    small = [of_rows(arg, dim) for arg, dim in zip(args, block.batch_dims, strict=True)]
-    z = torch.randn(6, L, D, dtype=F64)
-    torch.testing.assert_close(block(z[rows], *small), block(z, *args)[rows], rtol=1e-12, atol=1e-13)
-
-    whole = fixed_point(block, block.initial(u), *args, stopping=TIGHT)
-    compacted = fixed_point(block, block.initial(u), *args, stopping=TIGHT, batch_dims=block.batch_dims)
-    torch.testing.assert_close(compacted.z, whole.z, rtol=1e-9, atol=1e-10)
+    whole = assert_compactible(block, u, args, torch.randn(6, L, D, dtype=F64))
     for b in range(6):
         one = past._replace(z=past.z[b : b + 1], u=past.u[b : b + 1])
         own = DropoutMasks(masks.positions, *(None if mask is None else mask[b : b + 1] for mask in masks[1:]))
         alone = DEQ(block, stopping=TIGHT)(u[b : b + 1], one, own).z
-        torch.testing.assert_close(whole.z[b : b + 1], alone, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(whole[b : b + 1], alone, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize(

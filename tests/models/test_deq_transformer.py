@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from segments import TIGHT, V, assert_same_gradients, gradients, text
 
 from equilibria import Anderson, Implicit, Picard, Stopping, Unrolled
 from equilibria.adjoints import Adjoint
@@ -12,8 +12,7 @@ from equilibria.models.block import Memory
 from equilibria.models.deq_transformer import DEQTransformerLM, TransformerConfig
 from equilibria.solvers import Solver
 
-TIGHT = Stopping(rtol=1e-12, atol=0.0, max_evals=300)
-V, D = 11, 16
+D = 16
 
 
 def make(*, solver: Solver[Any] | None = None, adjoint: Adjoint | None = None, **options: Any) -> DEQTransformerLM:
@@ -29,21 +28,6 @@ def make(*, solver: Solver[Any] | None = None, adjoint: Adjoint | None = None, *
             parameter.add_(0.1 * torch.randn_like(parameter))
         model.inject.weight.mul_(6)
     return model
-
-
-def text(length: int = 9, batch: int = 3) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(2)
-    tokens = torch.randint(V, (batch, length + 1))
-    return tokens[:, :-1], tokens[:, 1:]
-
-
-def gradients(model: DEQTransformerLM, *inputs: Tensor | Memory, **options: Any) -> list[Tensor]:
-    return list(torch.autograd.grad(model(*inputs, **options).nll.sum(), list(model.parameters())))
-
-
-def assert_same_gradients(ours: list[Tensor], expected: list[Tensor]) -> None:
-    for a, b in zip(ours, expected, strict=True):
-        assert (a - b).norm() <= 1e-6 * b.norm() + 1e-12
 
 
 @pytest.mark.parametrize("options", [{}, {"pre_norm": True}, {"weight_norm": True, "local_size": 4}])

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from segments import TIGHT, assert_compactible
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from equilibria import Anderson, Implicit, Picard, Stopping, Unrolled, fixed_point
+from equilibria import Anderson, Implicit, Picard, Unrolled
 from equilibria.models.causal_convolution import CausalConvolution
 from equilibria.models.trellis_block import TrellisBlock, TrellisMasks
 from equilibria.nn import parametrizations
@@ -25,7 +26,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 F64 = torch.float64
 B, L, HIDDEN, OUTPUT = 3, 6, 5, 3
 H = HIDDEN + OUTPUT
-TIGHT = Stopping(rtol=1e-12, atol=0.0, max_evals=300)
 KERNELS = [(1, 1), (2, 1), (2, 3), (3, 1), (3, 2)]
 
 
@@ -291,23 +291,12 @@ def test_batch_dims_let_the_batch_be_compacted_without_changing_the_answer():
         u[:4] *= 0.01  # these converge early
     masks = block.draw_masks(u)
     args = block.prepare(u, past, masks)
-    rows = torch.tensor([4, 1])
-
-    def of_rows(arg: Any, dim: int | None) -> Any:
-        return tree_map(lambda x: x if dim is None or x is None else x.index_select(dim, rows), arg)
-
-    small = [of_rows(arg, dim) for arg, dim in zip(args, block.batch_dims, strict=True)]
-    z = torch.randn(6, L, 2 * H, dtype=F64)
-    torch.testing.assert_close(block(z[rows], *small), block(z, *args)[rows], rtol=1e-12, atol=1e-13)
-
-    whole = fixed_point(block, block.initial(u), *args, stopping=TIGHT)
-    compacted = fixed_point(block, block.initial(u), *args, stopping=TIGHT, batch_dims=block.batch_dims)
-    torch.testing.assert_close(compacted.z, whole.z, rtol=1e-9, atol=1e-10)
+    whole = assert_compactible(block, u, args, torch.randn(6, L, 2 * H, dtype=F64))
     for b in range(6):
         assert masks.hidden is not None
         own = masks._replace(hidden=masks.hidden[b : b + 1])
         alone = DEQ(block, stopping=TIGHT)(u[b : b + 1], past[b : b + 1], own).z
-        torch.testing.assert_close(whole.z[b : b + 1], alone, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(whole[b : b + 1], alone, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["d_hidden", "d_output", "kernel_size", "dilation"])

@@ -4,17 +4,17 @@ from typing import Any
 
 import pytest
 import torch
+from segments import TIGHT, V, assert_same_gradients, gradients, text
 from torch import Tensor
 
 from equilibria import Anderson, Implicit, Picard, Stopping, Unrolled
 from equilibria.adjoints import Adjoint
-from equilibria.models.deq_trellisnet import DEQTrellisNetLM, TrellisConfig, TrellisMemory
+from equilibria.models.deq_trellisnet import DEQTrellisNetLM, TrellisConfig
 from equilibria.models.generation import generate, next_token_log_prob
 from equilibria.nn.dropout import FrozenDropout
 from equilibria.solvers import Solver
 
-TIGHT = Stopping(rtol=1e-12, atol=0.0, max_evals=300)
-V, D, HIDDEN = 11, 4, 6
+D, HIDDEN = 4, 6
 STATE = 2 * (HIDDEN + D)
 DROPS = ("word_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_dropout")
 DROPOUTS: dict[str, Any] = dict.fromkeys(DROPS, 0.2)
@@ -40,21 +40,6 @@ def make(*, solver: Solver[Any] | None = None, adjoint: Adjoint | None = None, *
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model
-
-
-def text(length: int = 9, batch: int = 3) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(2)
-    tokens = torch.randint(V, (batch, length + 1))
-    return tokens[:, :-1], tokens[:, 1:]
-
-
-def gradients(model: DEQTrellisNetLM, *inputs: Tensor | TrellisMemory, **options: Any) -> list[Tensor]:
-    return list(torch.autograd.grad(model(*inputs, **options).nll.sum(), list(model.parameters())))
-
-
-def assert_same_gradients(ours: list[Tensor], expected: list[Tensor]) -> None:
-    for a, b in zip(ours, expected, strict=True):
-        assert (a - b).norm() <= 1e-6 * b.norm() + 1e-12
 
 
 def test_output_is_the_loss_of_an_equilibrium():
