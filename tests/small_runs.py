@@ -28,6 +28,9 @@ CONFIG = RunConfig(
 )
 
 
+CIRCUMSTANCES = ("seconds", "step", "train/tokens_per_second", "train/memory_bytes")
+
+
 def with_optim(**changes: Any) -> RunConfig:
     return dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, **changes))
 
@@ -37,9 +40,9 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def losses(trainer: Trainer) -> dict[int, tuple[float, ...]]:
-    """Everything in the metrics that does not depend on the clock."""
+    """Everything in the metrics that depends neither on the clock nor on what else the process holds."""
     found: dict[int, tuple[float, ...]] = {}
     for row in read_metrics(trainer.folder.metrics):
-        values = (value for key, value in sorted(row.items()) if key not in ("seconds", "step", "train/tokens_per_second"))
+        values = (value for key, value in sorted(row.items()) if key not in CIRCUMSTANCES)
         found[row["step"]] = found.get(row["step"], ()) + tuple(values)
     return found

@@ -123,7 +123,7 @@ class Trainer:
 
     def _step(self) -> None:
         """One optimizer step, on `accumulate` consecutive segments."""
-        started = time.perf_counter()
+        started, norm = time.perf_counter(), 0.0
         state, config = self.state, self.config
         depth, weight = self._depth(), self.jacobian_weight(state.step)
         if config.solver.max_evals_delta:
@@ -134,8 +134,8 @@ class Trainer:
             with self.accelerator.accumulate(self.model):
                 self._backward(tokens, targets, depth, weight)
                 if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optim.clip)
-                    _finite(norm, "the gradient")
+                    before = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optim.clip)
+                    norm = _finite(before, "the gradient")
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             state.tokens += targets.numel()
@@ -143,7 +143,7 @@ class Trainer:
         self.rate.cuts.epochs_over(self.reader.epochs, config.optim)
         self.rate.set(state.step)
         seconds = time.perf_counter() - started
-        self.recorder.window.seconds += seconds
+        self.recorder.window.step(gradient_norm=norm, clip=config.optim.clip, seconds=seconds)
         state.train_seconds += seconds
 
     def _backward(self, tokens: Tensor, targets: Tensor, depth: int | None, weight: float) -> None:

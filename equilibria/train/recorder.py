@@ -42,8 +42,9 @@ class Recorder:
 
     def record_window(self, rate: float) -> None:
         """Write the row of the steps since the last one; `rate` is the learning rate of the next."""
-        if self.window.losses:
-            self.record({**self.window.row(), "train/learning_rate": rate, "train/tokens": self.state.tokens})
+        if self.window.segments:
+            totals = {"train/tokens": self.state.tokens, "train/memory_bytes": self.state.peak_memory}
+            self.record({**self.window.row(), "train/learning_rate": rate, **totals})
             self.window.clear()
 
     def record(self, row: dict[str, Any]) -> None:

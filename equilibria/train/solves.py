@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,37 +24,41 @@ class SolveMeans:
     """Share of samples that ended above the tolerance."""
 
 
+FIELDS = ("solves", "evaluations", "samples", "residual", "unconverged")
+"""What a `SolveMeter` adds up, in this order."""
+
+
 class SolveMeter:
-    """Collects the `Stats` of solves."""
+    """Adds up the `Stats` of solves, as the plain sums that `FIELDS` names."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
-        self.solves = 0
-        self.evaluations = 0
-        self.samples = 0
-        self._residual = 0.0
-        self._unconverged = 0
+        self.sums = [0.0] * len(FIELDS)
 
     def __call__(self, stats: Stats) -> None:
         """Add one solve of a batch."""
-        self.solves += 1
-        self.evaluations += stats.evaluations
-        self.samples += stats.relative.numel()
-        self._residual += float(stats.relative.sum())
-        self._unconverged += int((~stats.converged).sum())
+        relative, unconverged = float(stats.relative.sum()), int((~stats.converged).sum())
+        solve = (1, stats.evaluations, stats.relative.numel(), relative, unconverged)
+        self.sums = [total + one for total, one in zip(self.sums, solve, strict=True)]
 
     def means(self) -> SolveMeans | None:
         """Means over all solves since the last reset; None when there was none."""
-        if self.solves == 0:
-            return None
-        return SolveMeans(
-            evaluations=self.evaluations / self.solves,
-            residual=self._residual / self.samples,
-            unconverged=self._unconverged / self.samples,
-        )
+        return solve_means(self.sums)
+
+
+def solve_means(sums: Sequence[float]) -> SolveMeans | None:
+    """The means that the sums of one `SolveMeter`, or of several added up, amount to; None without a solve.
+
+    >>> solve_means([2, 12, 8, 0.4, 2])
+    SolveMeans(evaluations=6.0, residual=0.05, unconverged=0.25)
+    """
+    solves, evaluations, samples, residual, unconverged = sums
+    if solves == 0:
+        return None
+    return SolveMeans(evaluations=evaluations / solves, residual=residual / samples, unconverged=unconverged / samples)
 
 
 def step_budget(config: SolveConfig, seed: int, step: int) -> int:
