@@ -1,6 +1,6 @@
 """Options of the optimizer, of its learning rate, and of how much of the text one step sees.
 
-What the released scripts call them stands in docs/original.md.
+What the released scripts call them stands in docs/migrating/deq.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Options of the solves, forward and backward.
 
 A sample has converged when ‖f(z) - z‖ <= atol + rtol ‖f(z)‖, with norms divided by the root of the size of the state, so
-that an atol is an error per entry. What the released scripts call the options stands in docs/original.md.
+that an atol is an error per entry. What the released scripts call the options stands in docs/migrating/deq.md.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""What mkdocs does to the pages besides rendering them."""
