@@ -102,7 +102,7 @@ class TransformerBlock(nn.Module):
     torch.Size([2, 5, 32])
     """
 
-    batch_dims = (0, 1, None, None, 0)
+    batch_dims = (0, 1, None, None, 0, 0)
     """Which dimension of each argument from `prepare` carries the batch."""
     frequencies: Tensor | None
 
@@ -186,7 +186,8 @@ class TransformerBlock(nn.Module):
         past: Memory | KeysValues | None = None,
         masks: DropoutMasks | None = None,
         window: int | None = None,
-    ) -> tuple[Tensor, KeysValues, Weights, Positions, DropoutMasks]:
+        padding: Tensor | None = None,
+    ) -> tuple[Tensor, KeysValues, Weights, Positions, DropoutMasks, Tensor | None]:
         """The arguments of `forward`: all that stays the same while z moves.
 
         Args:
@@ -194,6 +195,7 @@ class TransformerBlock(nn.Module):
             past: the M positions before the first, as states and injections or as keys and values; None for M = 0.
             masks: of `draw_masks`; None to drop nothing.
             window: how many positions one position sees, itself included; None for all.
+            padding: (B,) how many of the first of the M + L positions are no text, and are seen by none; None for none.
         """
         masks = masks or DropoutMasks()
         weights = self._weights()
@@ -202,10 +204,14 @@ class TransformerBlock(nn.Module):
             past = KeysValues(empty, empty)
         elif isinstance(past, Memory):
             past = self._keys_values(past.z, past.u, weights)
-        positions = self._positions(injection, past.keys.shape[2], masks.positions, window)
+        memory = past.keys.shape[2]
+        positions = self._positions(injection, memory, masks.positions, window)
+        padded_mask = None
+        if padding is not None:
+            padded_mask = relative_mask(injection.shape[1], memory, window, padding, like=injection)
         content_bias = F.pad(self.content_bias.flatten(), (0, 2 * self.d_model))  # (3d,), 0 for keys and values
         injected = (injection + content_bias) * self._query_scale(injection)
-        return injected, past, weights, positions, masks._replace(positions=None)
+        return injected, past, weights, positions, masks._replace(positions=None), padded_mask
 
     def keys_values(self, z: Tensor, injection: Tensor) -> KeysValues:
         """Keys and values of solved positions z (B, M, d) with injection (B, M, 3d): a `past` for the next solve."""
@@ -257,9 +263,12 @@ class TransformerBlock(nn.Module):
         weights: Weights,
         positions: Positions,
         masks: DropoutMasks,
+        padded_mask: Tensor | None = None,
     ) -> Tensor:
         """f(z), (B, L, d); the arguments are those that `prepare` returns."""
         drop = self.time_dropout
+        if padded_mask is not None:  # (B, L, K + 1), with what no sample sees
+            positions = positions._replace(mask=padded_mask)
         normed = self._norm(z) if self.pre_norm else z
         attended = self._attend(normed, injection, past, weights, positions, masks.weights)
         state = self._norm(z + drop(attended, masks.attention))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from equilibria.adjoints import Adjoint
 from equilibria.models.block import DropoutMasks, KeysValues, Memory, TransformerBlock
-from equilibria.models.language_model import EquilibriumLM, LMConfig, LMShape
+from equilibria.models.language_model import EquilibriumLM, Extension, LMConfig, LMShape
 from equilibria.models.memory import check_tensors
 from equilibria.nn.adaptive_embedding import AdaptiveEmbedding
 from equilibria.nn.adaptive_softmax import AdaptiveSoftmax
@@ -71,6 +71,20 @@ class TransformerShape(LMShape):
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(TransformerShape, LMConfig):
     """The shape of a `DEQTransformerLM`, and of its vocabulary."""
+
+
+class AttentionCache(NamedTuple):
+    """What the next position of a growing text needs of those before it: the last M columns."""
+
+    layers: tuple[KeysValues, ...]
+    """One entry at equilibrium, one for each layer of an explicit twin."""
+    padding: Tensor | None = None
+    """(B,) how many of the first columns are no text; None for none."""
+
+    def rows(self, index: Tensor) -> AttentionCache:
+        """The cache of the samples index (N,), which may repeat."""
+        layers = tuple(KeysValues(layer.keys[:, index], layer.values[:, index]) for layer in self.layers)
+        return AttentionCache(layers, None if self.padding is None else self.padding[index])
 
 
 class DEQTransformerLM(EquilibriumLM):
@@ -213,25 +227,33 @@ class DEQTransformerLM(EquilibriumLM):
         return self.memory_length + 1 if self.memory_length else None
 
     def extend(
-        self, tokens: Tensor, cache: tuple[KeysValues, ...] | None, window: int | None = None
-    ) -> tuple[Tensor, tuple[KeysValues, ...]]:
-        """States (B, n, d) of n further tokens (B, n), and the cache with them added.
+        self, tokens: Tensor, cache: AttentionCache | None, window: int | None = None, padding: Tensor | None = None
+    ) -> Extension:
+        """Add n further tokens (B, n) to a text; see `EquilibriumLM.extend`.
 
         The cache is keys and values of the last `window` - 1 positions: at equilibrium those of the equilibrium, which is
         one entry; for an explicit twin those of every layer.
         """
-        injection = self.injection(tokens)
-        if self.config.depth is None:
-            past = cache[0] if cache else None
-            z, _ = self.deq(injection, past, None, window)
-            return z, (_append(past, self.block.keys_values(z, injection), window),)
+        injection, block = self.injection(tokens), self.block
+        before = cache.layers if cache else ()
+        if cache is not None and cache.padding is not None:
+            padding = cache.padding if padding is None else cache.padding + padding
         layers: list[KeysValues] = []
-        z = self.block.initial(injection)
-        for layer in range(self.config.depth):
-            past = cache[layer] if cache else None
-            layers.append(_append(past, self.block.keys_values(z, injection), window))
-            z = self.block(z, *self.block.prepare(injection, past, None, window))
-        return z, tuple(layers)
+        stats = None
+        if self.config.depth is None:
+            past = before[0] if before else None
+            z, stats = self.deq(injection, past, None, window, padding)
+            layers.append(_append(past, block.keys_values(z, injection), window))
+        else:
+            z = block.initial(injection)
+            for layer in range(self.config.depth):
+                past = before[layer] if before else None
+                layers.append(_append(past, block.keys_values(z, injection), window))
+                z = block(z, *block.prepare(injection, past, None, window, padding))
+        if padding is not None:
+            dropped = tokens.shape[1] + (before[0].keys.shape[2] if before else 0) - layers[0].keys.shape[2]
+            padding = (padding - dropped).clamp_min(0)
+        return Extension(z, AttentionCache(tuple(layers), padding), stats)
 
 
 def _append(past: KeysValues | None, new: KeysValues, window: int | None) -> KeysValues:

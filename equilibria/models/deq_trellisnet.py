@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from equilibria.adjoints import Adjoint
 from equilibria.models.causal_convolution import CausalConvolution
-from equilibria.models.language_model import EquilibriumLM, LMConfig, LMShape
+from equilibria.models.language_model import EquilibriumLM, Extension, LMConfig, LMShape
 from equilibria.models.memory import check_tensors
 from equilibria.models.trellis_block import TrellisBlock, TrellisMasks
 from equilibria.nn.adaptive_softmax import AdaptiveSoftmax
@@ -98,6 +98,10 @@ class TrellisCache(NamedTuple):
     """(B, reach, d_embed), the last word vectors."""
     states: tuple[Tensor, ...]
     """(B, P, 2H), the last states: one entry at equilibrium, one for each layer of an explicit twin."""
+
+    def rows(self, index: Tensor) -> TrellisCache:
+        """The cache of the samples index (N,), which may repeat."""
+        return TrellisCache(self.words[index], tuple(states[index] for states in self.states))
 
 
 class DEQTrellisNetLM(EquilibriumLM):
@@ -225,35 +229,52 @@ class DEQTrellisNetLM(EquilibriumLM):
     # A text that grows
 
     def extend(
-        self, tokens: Tensor, cache: TrellisCache | None, window: int | None = None
-    ) -> tuple[Tensor, TrellisCache]:  # fmt: skip
-        """States (B, n, 2H) of n further tokens (B, n), and the cache with them added.
+        self, tokens: Tensor, cache: TrellisCache | None, window: int | None = None, padding: Tensor | None = None
+    ) -> Extension:
+        """Add n further tokens (B, n) to a text; see `EquilibriumLM.extend`.
 
-        A position sees as far back as the block reaches; `window` has no effect.
+        A position sees as far back as the block reaches; `window` has no effect. Padding is moved behind the text, where
+        the causal map does not see it.
         """
         block, reach = self.block, self.inject.reach
-        words = self._words(tokens)
+        words = self._words(tokens if padding is None else _rolled(tokens, padding))
         columns = F.pad(words, (0, 0, reach, 0)) if cache is None else torch.cat((cache.words, words), dim=1)
         injection = self.inject(columns)
-        columns = columns[:, columns.shape[1] - reach :]
+        layers: list[Tensor] = []
+        stats = None
         if self.config.depth is None:
             past = cache.states[0] if cache else None
-            z, _ = self.deq(injection, past)
-            return z, TrellisCache(columns, (self._append(past, z),))
-        layers: list[Tensor] = []
-        z = block.initial(injection)
-        for layer in range(self.config.depth):
-            past = cache.states[layer] if cache else None
-            layers.append(self._append(past, z))
-            z = block(z, *block.prepare(injection, past))
-        return z, TrellisCache(columns, tuple(layers))
+            z, stats = self.deq(injection, past)
+            layers.append(self._append(past, z, padding))
+        else:
+            z = block.initial(injection)
+            for layer in range(self.config.depth):
+                past = cache.states[layer] if cache else None
+                layers.append(self._append(past, z, padding))
+                z = block(z, *block.prepare(injection, past))
+        if padding is not None:
+            z = _rolled(z, -padding)
+        return Extension(z, TrellisCache(_last(columns, reach, padding), tuple(layers)), stats)
 
-    def _append(self, past: Tensor | None, z: Tensor) -> Tensor:
+    def _append(self, past: Tensor | None, z: Tensor, padding: Tensor | None) -> Tensor:
         """The last states that the next position still sees: those that the convolution reaches, one at least."""
         if past is None:  # a text starts behind a state of zeros
             past = torch.zeros_like(z[:, :1])
-        states = torch.cat((past, z), dim=1)
-        return states[:, -max(self.block.conv.reach, 1) :]
+        return _last(torch.cat((past, z), dim=1), max(self.block.conv.reach, 1), padding)
+
+
+def _rolled(x: Tensor, shift: Tensor) -> Tensor:
+    """x (B, n, ...) with each sample moved to the left by its shift (B,); what leaves comes in again at the other end."""
+    index = (torch.arange(x.shape[1], device=x.device) + shift[:, None]) % x.shape[1]
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+
+def _last(columns: Tensor, count: int, padding: Tensor | None) -> Tensor:
+    """The last `count` columns before those that are padding; the first stands for all before it."""
+    if padding is None:
+        return columns[:, max(columns.shape[1] - count, 0) :]
+    index = columns.shape[1] - padding[:, None] - count + torch.arange(count, device=columns.device)
+    return columns[torch.arange(len(columns), device=columns.device)[:, None], index.clamp_min(0)]
 
 
 def _softmax(config: TrellisConfig) -> AdaptiveSoftmax | MixtureOfSoftmaxes:

@@ -122,7 +122,7 @@ def next_token_log_prob(model: EquilibriumLM, tokens: Tensor, *, cache: bool = F
     """
     window = _check_input(model, tokens, window)
     if not cache:
-        return model.log_prob(model.extend(tokens, None, window)[0])
+        return model.log_prob(model.extend(tokens, None, window).z)
     rows: list[Tensor] = []
     seen: Any = None
     for token in tokens.split(1, dim=1):
@@ -169,9 +169,9 @@ def _extend(model: EquilibriumLM, tokens: Tensor, cache: Any, window: int | None
     """
     first, *rest = tokens.split(window or tokens.shape[1], dim=1)
     with computed_once(model):  # or each layer of a stack would normalise all weights anew
-        z, cache = model.extend(first, cache, window)
+        z, cache, _ = model.extend(first, cache, window)
         for piece in rest:
-            z, cache = model.extend(piece, cache, window)
+            z, cache, _ = model.extend(piece, cache, window)
         return model.log_prob(z[:, -1:]), cache
 
 

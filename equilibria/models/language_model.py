@@ -75,6 +75,28 @@ class LMOutput(NamedTuple):
     """Estimate of ‖J‖²_F per entry of the state (see `jacobian_loss`), where it was asked for."""
 
 
+class Reading(NamedTuple):
+    """What reading a segment gives, before the softmax."""
+
+    z: Tensor
+    """(B, L, d) the states."""
+    memory: Any
+    """As of `LMOutput`, and so are the others."""
+    stats: list[Stats]
+    jacobian: Tensor | None
+
+
+class Extension(NamedTuple):
+    """What adding tokens to a text gives."""
+
+    z: Tensor
+    """(B, n, d) states of the new positions."""
+    cache: Any
+    """What the next ones need of all positions: a NamedTuple with a method `rows(index)`, which picks samples."""
+    stats: Stats | None
+    """Of the solve; None of an explicit stack."""
+
+
 class EquilibriumLM(nn.Module, ABC):
     """A language model whose one layer is solved for its equilibrium: z* = f(z*; u, memory), p(next) = softmax(z*).
 
@@ -140,10 +162,15 @@ class EquilibriumLM(nn.Module, ABC):
         return None
 
     @abstractmethod
-    def extend(self, tokens: Tensor, cache: Any, window: int | None = None) -> tuple[Tensor, Any]:
-        """States (B, n, d) of n further tokens (B, n) of a text, and the cache with them added; None is the empty cache.
+    def extend(self, tokens: Tensor, cache: Any, window: int | None = None, padding: Tensor | None = None) -> Extension:
+        """Add n further tokens (B, n) to a text of which the cache is known; None is the empty cache.
 
         The map is causal: what is known of the tokens so far does not change when others follow.
+
+        Args:
+            window: how many positions one position sees, itself included; None for all.
+            padding: (B,) int64, how many of the first of these tokens are no text, where texts of several lengths end
+                together; above 0 only where all before them was padding. None for none.
         """
 
     def forward(
@@ -165,6 +192,11 @@ class EquilibriumLM(nn.Module, ABC):
             jacobian: also return the Jacobian loss at the equilibrium (a stack has none).
         """
         _check_segment(tokens, targets)
+        z, memory, stats, penalty = self.read(tokens, memory, depth=depth, jacobian=jacobian)
+        return LMOutput(self.softmax(self.output(z), targets), memory, stats, penalty)
+
+    def read(self, tokens: Tensor, memory: Any = None, *, depth: int | None = None, jacobian: bool = False) -> Reading:
+        """The states of a segment, for `output` and the softmax; the arguments are those of `forward`."""
         if memory is None:
             memory = self.empty_memory(tokens.shape[0])
         self.check_memory(memory, tokens.shape[0])
@@ -178,10 +210,9 @@ class EquilibriumLM(nn.Module, ABC):
                 z, stats, penalty = self._solve(injection, memory, masks, jacobian)
             else:
                 z = stack(self.block, depth, *self.block_inputs(injection, memory, masks))
-            nll = self.softmax(self.output(z), targets)
             with torch.no_grad():
                 memory = self.remember(memory, z, injection)
-        return LMOutput(nll, memory, stats, penalty)
+        return Reading(z, memory, stats, penalty)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """(B, L, V) log-probabilities of the next word, for states z (B, L, d)."""

@@ -61,15 +61,19 @@ def relative_shift(product: Tensor) -> Tensor:
     return product.flatten(-2)[..., length:].unflatten(-1, (length, width - 1))
 
 
-def relative_mask(length: int, memory: int, window: int | None = None, *, like: Tensor) -> Tensor | None:
+def relative_mask(
+    length: int, memory: int, window: int | None = None, padding: Tensor | None = None, *, like: Tensor
+) -> Tensor | None:
     """What to add to the (L, K + 1) product before `relative_shift`: 0 where query i sees key j, else -inf.
 
     Query i sees 0 <= distance, and distance < window where a window is given. None if every query sees every key.
+    With `padding` it is (B, L, K + 1): a query that is padding sees itself alone, for it has to see something.
 
     Args:
         length: L, number of queries.
         memory: M, number of keys before the first query.
         window: how many positions a query sees, itself included; None for no limit. At least 1, otherwise ValueError.
+        padding: (B,) how many of the first keys of each sample no other position sees; None for none.
         like: gives dtype and device.
 
     >>> relative_mask(2, 0, like=torch.zeros(1))  # the first row of the shifted matrix is columns 2.. : [0, -inf]
@@ -78,15 +82,19 @@ def relative_mask(length: int, memory: int, window: int | None = None, *, like: 
     """
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; a position must at least see itself: give 1 or more, or None")
-    if length == 1 and (window is None or memory < window):
+    if padding is None and length == 1 and (window is None or memory < window):
         return None
     columns = length + memory
     queries = torch.arange(memory, columns, device=like.device)[:, None]
     distance = queries - torch.arange(columns, device=like.device)  # (L, K)
     hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-    shifted = torch.zeros(length, columns, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
+    if padding is not None:
+        keys = torch.arange(columns, device=like.device)
+        hidden = hidden | ((keys < padding[:, None, None]) & (distance != 0))  # (B, L, K)
+    shifted = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
     # The shift drops the first L entries and reads on from there; undo it by putting L entries in front.
-    return torch.cat((shifted.new_zeros(length), shifted.flatten())).view(length, columns + 1)
+    flat = torch.cat((shifted.new_zeros(*shifted.shape[:-2], length), shifted.flatten(-2)), dim=-1)
+    return flat.unflatten(-1, (length, columns + 1))
 
 
 def relative_attention(
@@ -109,7 +117,7 @@ def relative_attention(
         keys: (H, B, K, e), K >= L.
         values: (H, B, K, e).
         positions: (H, e, K + 1), projected positions of the distances K, K - 1, ..., 0.
-        mask: (L, K + 1) of `relative_mask`, or None.
+        mask: (L, K + 1) or (B, L, K + 1) of `relative_mask`, or None.
         dropout_mask: (B, H, L, K) on the attention weights, or None.
 
     Returns:
