@@ -24,6 +24,7 @@ from equilibria.solution import UserError
 from equilibria.train.checkpoint import save_checkpoint, write_folder
 from equilibria.train.config import DataConfig, OptimConfig, RunConfig, SolveConfig, TransformerModel, TrellisModel
 from equilibria.train.run_folder import RunFolder
+from equilibria.train.whole import whole_weights
 
 ConvertibleCorpus = Literal[
     "wikitext-103", "wikitext-2", "penn-treebank", "penn-treebank-char", "enwik8", "text8", "copy-memory"
@@ -80,7 +81,8 @@ def convert(options: ConvertOptions) -> str:
     def fill(folder: Path) -> None:
         run = RunFolder(folder)
         run.store_config(config)
-        save_checkpoint(run.best, {"vocab_size": found.n_token, "original_sha256": sha256(options.original)}, model)
+        about = {"vocab_size": found.n_token, "original_sha256": sha256(options.original)}
+        save_checkpoint(run.best, about, whole_weights(model))
         if text is not None:
             run.tokenizer.mkdir()
             text.tokenizer.save(run.tokenizer)

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from equilibria.data.disk import sha256, sync
 from equilibria.solution import UserError
+from equilibria.train.whole import load_whole_weights
 
 MODEL, OPTIMIZER, POSITION, STATE = (
     "model.safetensors",
@@ -74,18 +75,21 @@ def write_json(path: Path, values: Any) -> None:
 def save_checkpoint(
     folder: Path,
     state: dict[str, Any],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Tensor] | None = None,
     position: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint; `state` must be plain values. Without optimizer and position it serves evaluation alone."""
+    """Write a checkpoint; `state` must be plain values. Without optimizer and position it serves evaluation alone.
+
+    `weights` and `optimizer` are as `equilibria.train.whole` gives them.
+    """
 
     def fill(fresh: Path) -> None:
-        save_model(model, str(fresh / MODEL))
+        _save_weights(weights, fresh / MODEL)
         if optimizer is not None:
-            save_file(_optimizer_tensors(model, optimizer), fresh / OPTIMIZER)
+            _save_tensors(optimizer, fresh / OPTIMIZER)
         if position is not None:
-            save_file({name: tensor.contiguous() for name, tensor in position.items()}, fresh / POSITION)
+            _save_tensors(position, fresh / POSITION)
         digests = {path.name: sha256(path) for path in sorted(fresh.iterdir())}
         write_json(fresh / STATE, {**state, "sha256": digests})
 
@@ -108,23 +112,20 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
-    """Load the parameters and buffers of a checkpoint; a UserError names what does not fit."""
-    digests = load_state(folder)["sha256"]
-    path = folder / MODEL
-    _check_same_shapes(path, model)
-    _check_digest(path, digests)
-    load_model(model, path)
+    """Load the parameters and buffers of a checkpoint into a model of this process; a UserError names what does not fit."""
+    load_whole_weights(model, read_weights(folder, model))
 
 
-def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load what the optimizer keeps of each parameter: for Adam, its running means and the number of steps."""
-    parameters = dict(model.named_parameters())
-    optimizer.state.clear()
-    for key, tensor in _load_tensors(folder / OPTIMIZER).items():
-        name, item = key.rsplit("/", 1)
-        parameter = parameters[name]
-        # Steps are counted on the CPU; all else lives beside the parameter.
-        optimizer.state[parameter][item] = tensor if tensor.ndim == 0 else tensor.to(parameter.device)
+def read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a checkpoint, tied ones once; a UserError names what does not fit the model."""
+    load_state(folder)
+    _check_same_shapes(folder / MODEL, model)
+    return _load_tensors(folder / MODEL)
+
+
+def load_optimizer(folder: Path) -> dict[str, Tensor]:
+    """What the optimizer kept of each parameter, as it was given to `save_checkpoint`."""
+    return _load_tensors(folder / OPTIMIZER)
 
 
 def load_position(folder: Path) -> dict[str, Tensor]:
@@ -133,32 +134,33 @@ def load_position(folder: Path) -> dict[str, Tensor]:
 
 
 def random_state() -> dict[str, Tensor]:
-    """States of the random generators that training draws from."""
-    states = {"random/cpu": torch.get_rng_state()}
+    """States of the random generators that training in this process draws from."""
+    states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states |= {f"random/cuda/{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        states["cuda"] = torch.cuda.get_rng_state()
     return states
 
 
 def set_random_state(states: dict[str, Tensor]) -> None:
     """Put the generators back where `random_state` found them, as far as this machine has them."""
-    torch.set_rng_state(states["random/cpu"])
-    for device in range(torch.cuda.device_count()):
-        if f"random/cuda/{device}" in states:
-            torch.cuda.set_rng_state(states[f"random/cuda/{device}"], device)
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _beside(target: Path, suffix: str) -> Path:
     return target.with_name(f".{target.name}.{suffix}")
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}/{item}": tensor.contiguous()
-        for parameter, items in optimizer.state.items()
-        for item, tensor in items.items()
-    }
+def _save_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Tied ones once, under the first of their names; the metadata says which other names they have."""
+    kept: dict[int, str] = {}
+    tied = {name: first for name in sorted(weights) if (first := kept.setdefault(id(weights[name]), name)) != name}
+    _save_tensors({name: tensor for name, tensor in weights.items() if name not in tied}, path, tied)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
 def _check_digest(path: Path, digests: dict[str, str]) -> None:

@@ -27,6 +27,7 @@ from equilibria.train.run_folder import RunFolder
 from equilibria.train.schedule import LearningRate
 from equilibria.train.solves import jacobian_schedule, step_budget
 from equilibria.train.state import TrainState
+from equilibria.train.whole import whole_weights
 
 
 class Trainer:
@@ -207,9 +208,8 @@ class Trainer:
         warming_up = depth is not None  # a good stack need not be a good equilibrium
         if not warming_up and (state.best_nll is None or result.nll < state.best_nll):
             state.best_nll, state.best_step = result.nll, state.step
-            checkpoint.save_checkpoint(
-                self.folder.best, {"step": state.step, "config": to_json(self.config)}, self._plain_model()
-            )
+            about = {"step": state.step, "config": to_json(self.config)}
+            checkpoint.save_checkpoint(self.folder.best, about, whole_weights(self._plain_model()))
         coded = f"loss {result.nll:.3g}, "
         if result.bits_per_byte is not None:
             coded = f"{result.bits_per_byte:.3f} bits per byte, "

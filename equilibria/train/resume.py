@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from equilibria.solution import UserError
 from equilibria.train import checkpoint
 from equilibria.train.config import RunConfig, to_json
+from equilibria.train.distributed import ALONE, Ranks
 from equilibria.train.schedule import Cuts
 from equilibria.train.state import TrainState
+from equilibria.train.whole import load_whole_optimizer, load_whole_weights, whole_optimizer, whole_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,27 +38,62 @@ def save_run(
     cuts: Cuts,
     memory: Any,
     fingerprint: str,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Write the checkpoint that `load_run_state` reads. `memory` is a NamedTuple of tensors, or None."""
-    position = checkpoint.random_state()
-    if memory is not None:
-        position |= {f"memory/{name}": tensor for name, tensor in memory._asdict().items()}
+    """Write the checkpoint that `restore_run` reads. `memory` is a NamedTuple of tensors, the rows of this process, or None.
+
+    All processes of a job call it, and the first writes: the memory of all rows in order, and each one's random state.
+    """
+    weights, optimizer_items = whole_weights(model, ranks), whole_optimizer(model, optimizer, ranks)
+    position: dict[str, Tensor] = {}
+    for rank, states in enumerate(ranks.gather(checkpoint.random_state())):
+        position |= {f"random/{rank}/{name}": tensor for name, tensor in states.items()}
+    for name, rows in ({} if memory is None else memory._asdict()).items():
+        position[f"memory/{name}"] = ranks.gather_rows(rows)
+    if not ranks.is_main:
+        return
     values = {
         **dataclasses.asdict(state),
         "cuts": cuts.to_json(),
         "corpus_sha256": fingerprint,
         "config": to_json(config),
     }
-    checkpoint.save_checkpoint(folder, values, model, optimizer, position)
+    checkpoint.save_checkpoint(folder, values, weights, optimizer_items, position)
 
 
 def restore_run(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, fingerprint: str, device: torch.device
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    fingerprint: str,
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Resumed:
     """Put weights, optimizer and random generators where the checkpoint has them, and return the rest of it.
 
+    The first process reads and tells the others, which may be another number of processes than wrote the checkpoint.
     Raises UserError for a checkpoint that is damaged, of another version, or of a run on another text.
     """
+    weights, items = {}, {}
+
+    def read() -> tuple[TrainState, Cuts, dict[str, Tensor]]:
+        nonlocal weights, items
+        state, cuts = _values(folder, fingerprint)
+        weights, items = checkpoint.read_weights(folder, model), checkpoint.load_optimizer(folder)
+        return state, cuts, checkpoint.load_position(folder)
+
+    state, cuts, position = ranks.from_main(read)
+    load_whole_weights(model, weights, ranks)
+    load_whole_optimizer(model, optimizer, items, ranks)
+    mine = f"random/{ranks.rank}/"
+    random = {name.removeprefix(mine): tensor for name, tensor in position.items() if name.startswith(mine)}
+    if random:  # else this process had no part in the run so far, and keeps its own
+        checkpoint.set_random_state(random)
+    return Resumed(state=state, cuts=cuts, memory=_memory(position, model, device, ranks))
+
+
+def _values(folder: Path, fingerprint: str) -> tuple[TrainState, Cuts]:
     stored = checkpoint.load_state(folder)
     try:
         state = TrainState.from_json(stored)
@@ -65,17 +102,15 @@ def restore_run(
         raise UserError(f"{folder} was written by another version: it lacks {error}; start a new run") from error
     if trained_on != fingerprint:
         raise UserError(f"the training text is not the one that {folder} was trained on; give the same --data-dir")
-    checkpoint.load_weights(folder, model)
-    checkpoint.load_optimizer(folder, model, optimizer)
-    position = checkpoint.load_position(folder)
-    checkpoint.set_random_state(position)
-    return Resumed(state=state, cuts=cuts, memory=_memory(position, model, device))
+    return state, cuts
 
 
-def _memory(position: dict[str, Tensor], model: nn.Module, device: torch.device) -> Any:
-    """The memory, of the model's own class."""
+def _memory(position: dict[str, Tensor], model: nn.Module, device: torch.device, ranks: Ranks) -> Any:
+    """The memory of the rows of this process, of the model's own class."""
     tensors = {
-        name.removeprefix("memory/"): tensor.to(device) for name, tensor in position.items() if name.startswith("memory/")
+        name.removeprefix("memory/"): tensor[ranks.rows(len(tensor))].to(device, copy=True)
+        for name, tensor in position.items()
+        if name.startswith("memory/")
     }
     if not tensors:
         return None

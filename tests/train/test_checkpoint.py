@@ -12,6 +12,7 @@ from equilibria.solution import UserError
 from equilibria.train import checkpoint
 from equilibria.train.config import OptimConfig
 from equilibria.train.optimizer import make_optimizer
+from equilibria.train.whole import load_whole_optimizer, whole_optimizer, whole_weights
 
 
 class Tied(nn.Module):
@@ -39,16 +40,20 @@ def trained(seed: int, width: int = 4) -> tuple[Tied, torch.optim.Optimizer]:
     return model, optimizer
 
 
+def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: dict[str, Tensor]) -> None:
+    checkpoint.save_checkpoint(folder, {"step": 3}, whole_weights(model), whole_optimizer(model, optimizer), position)
+
+
 def test_everything_comes_back_bit_for_bit(tmp_path: Path):
     model, optimizer = trained(0)
     position = {"memory/z": torch.randn(2, 3), **checkpoint.random_state()}
-    checkpoint.save_checkpoint(tmp_path / "c", {"step": 3}, model, optimizer, position)
+    save(tmp_path / "c", model, optimizer, position)
     expected = torch.rand(5)  # what the generator, as stored, gives next
 
     other, other_optimizer = trained(1)
     assert checkpoint.load_state(tmp_path / "c")["step"] == 3
     checkpoint.load_weights(tmp_path / "c", other)
-    checkpoint.load_optimizer(tmp_path / "c", other, other_optimizer)
+    load_whole_optimizer(other, other_optimizer, checkpoint.load_optimizer(tmp_path / "c"))
     restored = checkpoint.load_position(tmp_path / "c")
     checkpoint.set_random_state(restored)
 
@@ -64,7 +69,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path):
 
 def test_no_pickle_in_any_file(tmp_path: Path):
     model, optimizer = trained(0)
-    checkpoint.save_checkpoint(tmp_path / "c", {}, model, optimizer, checkpoint.random_state())
+    save(tmp_path / "c", model, optimizer, checkpoint.random_state())
     assert sorted(path.suffix for path in (tmp_path / "c").iterdir()) == [".json", *[".safetensors"] * 3]
 
 
@@ -109,7 +114,7 @@ def test_a_kill_leaves_a_whole_checkpoint(tmp_path: Path, moment: str, monkeypat
 
 def test_another_model_is_named(tmp_path: Path):
     model, _ = trained(0)
-    checkpoint.save_checkpoint(tmp_path / "c", {}, model)
+    checkpoint.save_checkpoint(tmp_path / "c", {}, whole_weights(model))
     with pytest.raises(UserError, match=r"another model: first\.weight is \(4, 4\), the model has \(6, 6\)"):
         checkpoint.load_weights(tmp_path / "c", Tied(6))
     with pytest.raises(UserError, match=r"weight is missing; bias is missing; first\.bias is unknown") as caught:
@@ -122,7 +127,7 @@ def test_another_model_is_named(tmp_path: Path):
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_damage_is_found(tmp_path: Path, name: str, damage: str):
     model, optimizer = trained(0)
-    checkpoint.save_checkpoint(tmp_path / "c", {}, model, optimizer, checkpoint.random_state())
+    save(tmp_path / "c", model, optimizer, checkpoint.random_state())
     path = tmp_path / "c" / name
     content = bytearray(path.read_bytes())
     if damage == "cut":
@@ -135,7 +140,7 @@ def test_damage_is_found(tmp_path: Path, name: str, damage: str):
 
     def load() -> None:
         checkpoint.load_weights(tmp_path / "c", model)
-        checkpoint.load_optimizer(tmp_path / "c", model, optimizer)
+        load_whole_optimizer(model, optimizer, checkpoint.load_optimizer(tmp_path / "c"))
         checkpoint.load_position(tmp_path / "c")
 
     with pytest.raises(UserError, match=rf"{name} is damaged: .*; restore") as caught:
@@ -145,7 +150,7 @@ def test_damage_is_found(tmp_path: Path, name: str, damage: str):
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"sha256": 3}'])
 def test_damaged_state_is_found(tmp_path: Path, content: str):
-    checkpoint.save_checkpoint(tmp_path / "c", {}, nn.Linear(1, 1))
+    checkpoint.save_checkpoint(tmp_path / "c", {}, whole_weights(nn.Linear(1, 1)))
     (tmp_path / "c" / "state.json").write_text(content)
     with pytest.raises(UserError, match=r"state\.json is damaged"):
         checkpoint.load_state(tmp_path / "c")
