@@ -40,7 +40,7 @@ def save_run(
     fingerprint: str,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Write the checkpoint that `restore_run` reads. `memory` is a NamedTuple of tensors, the rows of this process, or None.
+    All processes of a job call it, and the first writes: the memory of all rows in order, and each random state.
 
     All processes of a job call it, and the first writes: the memory of all rows in order, and each one's random state.
     """
