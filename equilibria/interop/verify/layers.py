@@ -76,7 +76,7 @@ def _hidden(length: int, memory: int, window: int, like: Tensor) -> Tensor:
 
 def _attention(block: TransformerBlock, z: Tensor, args: tuple[Any, ...]) -> Tensor:
     """Attention with its residual, (B, L, d): normalised unless the block normalises before each part."""
-    injection, past, weights, positions, masks = args
+    injection, past, weights, positions, masks, _padding = args
     normed = block._norm(z) if block.pre_norm else z
     attended = z + block._attend(normed, injection, past, weights, positions, masks.weights)
     return attended if block.pre_norm else block._norm(attended)
