@@ -40,7 +40,7 @@ def save_run(
     fingerprint: str,
     ranks: Ranks = ALONE,
 ) -> None:
-    All processes of a job call it, and the first writes: the memory of all rows in order, and each random state.
+    """Write the checkpoint that `restore_run` reads; `memory`, the rows of this process, is a NamedTuple of tensors or None.
 
     All processes of a job call it, and the first writes: the memory of all rows in order, and each one's random state.
     """
