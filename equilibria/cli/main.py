@@ -31,9 +31,10 @@ commands
 """
 
 COMMANDS = ("train", "eval", "generate", "data", "convert")
-LM_PACKAGES = frozenset(
-    {"accelerate", "cattrs", "matplotlib", "numpy", "psutil", "safetensors", "tensorboard", "tokenizers", "tqdm", "tyro"}
-)
+LM_PACKAGES = frozenset({
+    "accelerate", "cattrs", "jinja2", "matplotlib", "numpy", "psutil", "safetensors", "tensorboard", "tokenizers", "tqdm",
+    "tyro",
+})  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,6 +30,7 @@ from equilibria.train.loop import Trainer
 from equilibria.train.memory import keep_freed_memory
 from equilibria.train.report import shown_path
 from equilibria.train.run_folder import RunFolder, create_run, newest_run, open_run
+from equilibria.train.trackers import check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,7 @@ def train_command(argv: Sequence[str]) -> int:
     config = _with_absolute_data_dir(options.config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    check_trackers(config.trackers)
     keep_freed_memory()
     corpus = build_corpus(config.data)
     if options.load is not None:

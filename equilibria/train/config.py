@@ -37,6 +37,7 @@ __all__ = [
     "SampleConfig",
     "ScheduleName",
     "SolveConfig",
+    "TrackerName",
     "TransformerModel",
     "TrellisModel",
     "changed_fields",
@@ -49,6 +50,9 @@ CorpusName = Literal[
     "python-docs", "wikitext-103", "wikitext-2", "penn-treebank", "penn-treebank-char", "enwik8", "text8", "copy-memory",
     "text",
 ]  # fmt: skip
+
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +117,10 @@ class RunConfig:
     """Steps between checkpoints besides those of validations, for runs that are killed; None: at validations alone."""
     log_every: int = 10
     """Steps between rows of metrics."""
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where rows of metrics go besides metrics.jsonl: one or several of these, or none."""
+    tracker_project: str = "equilibria"
+    """With --trackers wandb, mlflow or trackio: project, or experiment, that the run belongs to."""
     eval_batch_size: int = 8
     """Lanes in which a split is read for evaluation."""
     eval_length: int | None = None
@@ -130,6 +138,8 @@ class RunConfig:
         check_positive(self, "twin_depth", "eval_every", "checkpoint_every", "log_every", "eval_batch_size", "threads")
         check_positive(self, "eval_length", "max_eval_steps")
         check_not_negative(self, "seed")
+        alone = "none" not in self.trackers or len(self.trackers) == 1
+        check(alone, "trackers", " ".join(self.trackers), "none goes with no other")
 
     @property
     def eval_segment(self) -> int:

@@ -61,8 +61,6 @@ class Trainer:
             mixed_precision=config.precision,
             gradient_accumulation_steps=optim.accumulate,
             step_scheduler_with_optimizer=False,
-            log_with="tensorboard",
-            project_dir=folder.path,
         )
         if self.accelerator.num_processes > 1:
             raise UserError("training runs in one process so far; start it without `accelerate launch` or `torchrun`")
@@ -79,7 +77,7 @@ class Trainer:
         )
         self.reader = Reader(batches, self.state)
         self.reader.memory = memory
-        self.recorder = Recorder(folder, self.accelerator, self.state)
+        self.recorder = Recorder(folder, config, self.state)
         self.rate.set(self.state.step)
 
     # -- the loop ------------------------------------------------------------------------------------------------
@@ -87,10 +85,10 @@ class Trainer:
     def run(self) -> None:
         """Train until the last step, the end of the wall-clock budget, or ctrl-C (which raises Interrupted)."""
         with contextlib.ExitStack() as stack:  # whatever was opened is closed, wherever ctrl-C strikes
-            stack.callback(self.recorder.close)
-            self.recorder.open()
             progress = Progress(self.label, steps=self.last_step, done=self.state.step)
             stack.callback(progress.close)
+            stack.callback(self.recorder.close)
+            self.recorder.open(progress.note)
             self.model.train()
             try:
                 self._loop(progress)

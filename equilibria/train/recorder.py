@@ -1,14 +1,15 @@
-"""Rows of metrics: to metrics.jsonl and to TensorBoard."""
+"""Rows of metrics: to metrics.jsonl and to the trackers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-from accelerate import Accelerator
-
+from equilibria.train.config import RunConfig, to_json
 from equilibria.train.run_folder import MetricsLog, RunFolder
 from equilibria.train.state import TrainState
+from equilibria.train.trackers import Trackers
 from equilibria.train.window import Window
 
 
@@ -18,27 +19,25 @@ class Recorder:
     While not open it drops what it is given.
     """
 
-    def __init__(self, folder: RunFolder, accelerator: Accelerator, state: TrainState) -> None:
-        self.folder, self.accelerator, self.state = folder, accelerator, state
+    def __init__(self, folder: RunFolder, config: RunConfig, state: TrainState) -> None:
+        self.folder, self.config, self.state = folder, config, state
         self.window = Window()
+        self.say: Callable[[str], None] = lambda text: None
+        self._trackers = Trackers(config.trackers, folder, project=config.tracker_project, say=lambda text: self.say(text))
         self._log: MetricsLog | None = None
-        self._tracking = False
 
-    def open(self) -> None:
-        """Continue the files, without the rows after the present step."""
+    def open(self, say: Callable[[str], None]) -> None:
+        """Continue the files and the trackers, without the rows after the present step; `say` prints a line."""
+        self.say = say
         self._log = MetricsLog(self.folder.metrics, step=self.state.step)
-        purge = {"purge_step": self.state.step + 1} if self.state.step else {}
-        self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": purge})
-        self._tracking = True
+        self._trackers.open(step=self.state.step, config=to_json(self.config))
 
     def close(self) -> None:
-        """Close the files."""
-        if self._log is not None:
+        """Close the files and end the trackers."""
+        if self._log is not None:  # ctrl-C may have struck before
             self._log.close()
             self._log = None
-        if self._tracking:  # ctrl-C may have struck before
-            self._tracking = False
-            self.accelerator.end_training()
+            self._trackers.close()
 
     def record_window(self, rate: float) -> None:
         """Write the row of the steps since the last one; `rate` is the learning rate of the next."""
@@ -52,4 +51,4 @@ class Recorder:
         row = {key: value for key, value in row.items() if value is not None and math.isfinite(value)}
         if self._log is not None:
             self._log.append({"step": self.state.step, "seconds": round(self.state.seconds, 3), **row})
-            self.accelerator.log(row, step=self.state.step)
+            self._trackers.log(row, self.state.step)
