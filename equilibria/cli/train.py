@@ -167,7 +167,7 @@ def _scale(argv: Sequence[str]) -> float:
 def _value(argv: Sequence[str], option: str) -> str | None:
     """The last value of an option that must be known before the rest can be parsed, for it sets the defaults."""
     found = None
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
+    for word, following in zip(argv, [*argv, None][1:], strict=True):
         name, given, value = word.partition("=")
         if name == option:
             found = value if given else following
