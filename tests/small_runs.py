@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
+from equilibria.train.checkpoint import load_tensors
 from equilibria.train.config import DataConfig, OptimConfig, RunConfig, SolveConfig, TransformerModel
 from equilibria.train.loop import Trainer
 from equilibria.train.run_folder import read_metrics
@@ -36,7 +36,7 @@ def with_optim(**changes: Any) -> RunConfig:
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return load_file(trainer.folder.checkpoint / "model.safetensors")
+    return trainer.folder.checkpoints.newest(lambda folder: load_tensors(folder, "model"))
 
 
 def losses(trainer: Trainer) -> dict[int, tuple[float, ...]]:

@@ -52,7 +52,7 @@ def _describe(run: LoadedRun, corpus: Corpus) -> dict[str, Any]:
 
 
 def _state(folder: RunFolder) -> TrainState:
-    return TrainState.from_json(load_state(folder.checkpoint))
+    return TrainState.from_json(folder.checkpoints.newest(load_state))
 
 
 def _plot(run: LoadedRun, corpus: Corpus) -> None:

@@ -12,7 +12,7 @@ import tyro
 
 from equilibria.cli.parse import parse
 from equilibria.data import Corpus
-from equilibria.data.disk import sha256
+from equilibria.data.disk import sha256, write_folder
 from equilibria.data.word_ids import ORIGINAL_STYLES
 from equilibria.interop.original.checkpoint import read_checkpoint
 from equilibria.interop.original.configuration import Configuration, configure
@@ -21,7 +21,7 @@ from equilibria.interop.original.options import MODELS, OriginalOptions, show
 from equilibria.models.deq_transformer import TransformerShape
 from equilibria.recipes.build import build_corpus, build_model
 from equilibria.solution import UserError
-from equilibria.train.checkpoint import save_checkpoint, write_folder
+from equilibria.train.checkpoint import save_checkpoint
 from equilibria.train.config import DataConfig, OptimConfig, RunConfig, SolveConfig, TransformerModel, TrellisModel
 from equilibria.train.run_folder import RunFolder
 from equilibria.train.whole import whole_weights
@@ -82,7 +82,7 @@ def convert(options: ConvertOptions) -> str:
         run = RunFolder(folder)
         run.store_config(config)
         about = {"vocab_size": found.n_token, "original_sha256": sha256(options.original)}
-        save_checkpoint(run.best, about, whole_weights(model))
+        save_checkpoint(run.best, about, model=whole_weights(model))
         if text is not None:
             run.tokenizer.mkdir()
             text.tokenizer.save(run.tokenizer)

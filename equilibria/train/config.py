@@ -115,6 +115,8 @@ class RunConfig:
     """Steps between validations; each also writes a checkpoint. None: one at the end of every epoch."""
     checkpoint_every: int | None = 1000
     """Steps between checkpoints besides those of validations, for runs that are killed; None: at validations alone."""
+    keep_checkpoints: int = 3
+    """The last so many checkpoints are kept, should the newest be damaged; that of the best validation is kept besides."""
     log_every: int = 10
     """Steps between rows of metrics."""
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
@@ -136,7 +138,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "twin_depth", "eval_every", "checkpoint_every", "log_every", "eval_batch_size", "threads")
-        check_positive(self, "eval_length", "max_eval_steps")
+        check_positive(self, "eval_length", "max_eval_steps", "keep_checkpoints")
         check_not_negative(self, "seed")
         alone = "none" not in self.trackers or len(self.trackers) == 1
         check(alone, "trackers", " ".join(self.trackers), "none goes with no other")

@@ -207,7 +207,7 @@ class Trainer:
         if not warming_up and (state.best_nll is None or result.nll < state.best_nll):
             state.best_nll, state.best_step = result.nll, state.step
             about = {"step": state.step, "config": to_json(self.config)}
-            checkpoint.save_checkpoint(self.folder.best, about, whole_weights(self._plain_model()))
+            checkpoint.save_checkpoint(self.folder.best, about, model=whole_weights(self._plain_model()))
         coded = f"loss {result.nll:.3g}, "
         if result.bits_per_byte is not None:
             coded = f"{result.bits_per_byte:.3f} bits per byte, "
@@ -232,8 +232,9 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint of this step, and the metrics up to it."""
         self.recorder.record_window(self.rate.rate)
+        self.recorder.sync()
         save_run(
-            self.folder.checkpoint,
+            self.folder.checkpoints,
             self.config,
             self._plain_model(),
             self.plain_optimizer,
@@ -245,9 +246,9 @@ class Trainer:
         self.saved_step = self.state.step
 
     def _restore(self) -> Any:
-        """Go on where the checkpoint is, and return the memory there."""
+        """Go on where the newest checkpoint without damage is, and return the memory there."""
         resumed = restore_run(
-            self.folder.checkpoint,
+            self.folder.checkpoints,
             self._plain_model(),
             self.plain_optimizer,
             fingerprint=self.corpus.fingerprint,
@@ -262,7 +263,7 @@ class Trainer:
     def _explain(self, error: NonFiniteError) -> str:
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".;")  # the rest is for users of the library
         kept = (
-            f"the last checkpoint is that of step {self.saved_step} in {self.folder.checkpoint}, resume with a smaller"
+            f"the last checkpoint is that of step {self.saved_step} in {self.folder.path}, resume with a smaller"
             if self.saved_step is not None
             else "nothing was saved yet, start again with a smaller"
         )

@@ -32,6 +32,11 @@ class Recorder:
         self._log = MetricsLog(self.folder.metrics, step=self.state.step)
         self._trackers.open(step=self.state.step, config=to_json(self.config))
 
+    def sync(self) -> None:
+        """Force the rows to the disk: a checkpoint must not be newer than they are."""
+        if self._log is not None:
+            self._log.sync()
+
     def close(self) -> None:
         """Close the files and end the trackers."""
         if self._log is not None:  # ctrl-C may have struck before

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from equilibria.solution import UserError
 from equilibria.train import checkpoint
+from equilibria.train.checkpoints import Checkpoints
 from equilibria.train.config import RunConfig, to_json
 from equilibria.train.distributed import ALONE, Ranks
 from equilibria.train.schedule import Cuts
@@ -29,7 +30,7 @@ class Resumed:
 
 
 def save_run(
-    folder: Path,
+    checkpoints: Checkpoints,
     config: RunConfig,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -40,7 +41,7 @@ def save_run(
     fingerprint: str,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Write the checkpoint that `restore_run` reads; `memory`, the rows of this process, is a NamedTuple of tensors or None.
+    """Write a checkpoint for `restore_run`; `memory`, the rows of this process, is a NamedTuple of tensors or None.
 
     All processes of a job call it, and the first writes: the memory of all rows in order, and each one's random state.
     """
@@ -58,11 +59,18 @@ def save_run(
         "corpus_sha256": fingerprint,
         "config": to_json(config),
     }
-    checkpoint.save_checkpoint(folder, values, weights, optimizer_items, position)
+    checkpoints.save(
+        state.step,
+        values,
+        keep=config.keep_checkpoints,
+        model=weights,
+        optimizer=optimizer_items,
+        position=position,
+    )
 
 
 def restore_run(
-    folder: Path,
+    checkpoints: Checkpoints,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
@@ -70,22 +78,23 @@ def restore_run(
     device: torch.device,
     ranks: Ranks = ALONE,
 ) -> Resumed:
-    """Put weights, optimizer and random generators where the checkpoint has them, and return the rest of it.
+    """Put weights, optimizer and random generators where the newest checkpoint without damage has them; return the rest.
 
     The first process reads and tells the others, which may be another number of processes than wrote the checkpoint.
-    Raises UserError for a checkpoint that is damaged, of another version, or of a run on another text.
+    Raises UserError where all are damaged, and for a checkpoint of another version, or of a run on another text.
     """
-    weights, items = {}, {}
+    tensors: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
 
-    def read() -> tuple[TrainState, Cuts, dict[str, Tensor]]:
-        nonlocal weights, items
+    def read(folder: Path) -> tuple[TrainState, Cuts, dict[str, Tensor]]:
         state, cuts = _values(folder, fingerprint)
-        weights, items = checkpoint.read_weights(folder, model), checkpoint.load_optimizer(folder)
-        return state, cuts, checkpoint.load_position(folder)
+        for name in tensors:
+            tensors[name] = checkpoint.load_tensors(folder, name)
+        checkpoint.check_same_shapes(model, tensors["model"], source=folder)
+        return state, cuts, checkpoint.load_tensors(folder, "position")
 
-    state, cuts, position = ranks.from_main(read)
-    load_whole_weights(model, weights, ranks)
-    load_whole_optimizer(model, optimizer, items, ranks)
+    state, cuts, position = ranks.from_main(lambda: checkpoints.newest(read))
+    load_whole_weights(model, tensors["model"], ranks)
+    load_whole_optimizer(model, optimizer, tensors["optimizer"], ranks)
     mine = f"random/{ranks.rank}/"
     random = {name.removeprefix(mine): tensor for name, tensor in position.items() if name.startswith(mine)}
     if random:  # else this process had no part in the run so far, and keeps its own

@@ -2,8 +2,9 @@
 
 config.json          the resolved configuration
 tokenizer/           what turns text into tokens
-checkpoint/          to resume from (see `equilibria.train.checkpoint`)
+checkpoints/         step-XXXXXXXX/, the last few, to resume from (see `equilibria.train.checkpoint`)
 best/                the weights with the lowest validation loss
+failures/            step-XXXXXXXX/, where a loss was not finite (see `equilibria.train.failure`)
 metrics.jsonl        one JSON object a line; events for TensorBoard are in tensorboard/
 plots/  sample.txt  summary.json
 twin/                the explicit twin, a run of its own
@@ -17,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from equilibria.data.disk import present, sync, write_json, write_text
 from equilibria.solution import UserError
-from equilibria.train.checkpoint import settle_folder, write_json
+from equilibria.train.checkpoint import DamagedCheckpoint, load_state, verify
+from equilibria.train.checkpoints import Checkpoints, say
 from equilibria.train.config import RunConfig, load_config, to_json
 
 
@@ -39,9 +42,9 @@ class RunFolder:
         return self.path / "tokenizer"
 
     @property
-    def checkpoint(self) -> Path:
-        """Folder to resume from."""
-        return self.path / "checkpoint"
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints to resume from."""
+        return Checkpoints(self.path / "checkpoints")
 
     @property
     def best(self) -> Path:
@@ -49,10 +52,48 @@ class RunFolder:
         return self.path / "best"
 
     @property
+    def failures(self) -> Path:
+        """Folder of the steps whose loss was not finite."""
+        return self.path / "failures"
+
+    @property
     def weights(self) -> Path:
-        """Folder of the weights to use: the best, or the last where none was found best."""
-        settle_folder(self.best)
-        return self.best if self.best.is_dir() else self.checkpoint
+        """Folder of the weights to use, undamaged: the best, or the last where none was found best.
+
+        Where the best are damaged, standard error says so and which take their place: those of the checkpoint of the same
+        step, which are the very same, or else the last.
+        """
+        if not present(self.best).is_dir():
+            return self._newest()
+        try:
+            verify(self.best)
+        except DamagedCheckpoint as error:
+            if not self.checkpoints.steps():
+                raise
+            instead = self._best_checkpoint() or self._newest()
+            say(f"{str(error).rpartition('; ')[0]}; using the weights of {instead} instead")
+            return instead
+        return self.best
+
+    def _newest(self) -> Path:
+        """The newest checkpoint without damage."""
+
+        def whole(folder: Path) -> Path:
+            verify(folder)
+            return folder
+
+        return self.checkpoints.newest(whole)
+
+    def _best_checkpoint(self) -> Path | None:
+        """The checkpoint of the step with the lowest validation loss, if it is still kept, and whole."""
+        step = self.checkpoints.newest(load_state).get("best_step")
+        try:
+            if step in self.checkpoints.steps():
+                verify(self.checkpoints.path(step))
+                return self.checkpoints.path(step)
+        except DamagedCheckpoint:
+            pass
+        return None
 
     @property
     def metrics(self) -> Path:
@@ -94,7 +135,11 @@ class RunFolder:
 
     def has_checkpoint(self) -> bool:
         """Whether there is something to resume from."""
-        return self.checkpoint.is_dir() or self.checkpoint.with_name(".checkpoint.old").is_dir()
+        if self.checkpoints.steps():
+            return True
+        if (self.path / "checkpoint").is_dir():
+            raise UserError(f"{self.path} was written by an earlier version of this program; start a new run")
+        return False
 
 
 def create_run(recipe: str, run_dir: Path | None, root: Path = Path("runs")) -> RunFolder:
@@ -138,17 +183,32 @@ def open_run(path: Path) -> RunFolder:
 
 
 class MetricsLog:
-    """Appends rows to metrics.jsonl. A resumed run first drops the rows after the step of its checkpoint."""
+    """Appends rows to metrics.jsonl. A resumed run first drops the rows after the step of its checkpoint.
+
+    What is there stays whole when the process dies, and when the disk is full: a row that does not fit leaves no part.
+    """
 
     def __init__(self, path: Path, *, step: int) -> None:
         kept = [row for row in read_metrics(path) if row["step"] <= step]
-        path.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+        self.path = path
+        self._file = path.open("ab", buffering=0)  # what a buffer kept of a failed row would come out later
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one row and hand it to the system at once."""
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        end = self._file.tell()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            self._file.truncate(end)
+            error.filename = str(self.path)
+            raise
+
+    def sync(self) -> None:
+        """Force the rows to the disk."""
+        sync(self.path)
 
     def close(self) -> None:
         """Close the file."""

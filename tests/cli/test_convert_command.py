@@ -260,7 +260,7 @@ def test_damaged_files(tmp_path: Path, new: bool, capsys: pytest.CaptureFixture[
 def test_a_disk_that_fails_leaves_nothing(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Failure
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", str(tmp_path))
 
     monkeypatch.setattr("equilibria.cli.convert.save_checkpoint", full)

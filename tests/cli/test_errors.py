@@ -126,11 +126,14 @@ def copy(trained: Path, tmp_path: Path) -> Path:
 def test_damaged_checkpoints(failure: Failure, copy: Path):
     path = copy / "best" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
+    for optimizer in copy.glob("checkpoints/*/optimizer.safetensors"):
+        optimizer.write_bytes(b"rubbish")
+    for argv in (["eval", copy], ["generate", copy, "--prompt", "x"], ["train", "text", "--resume", "--run-dir", copy]):
+        message = failure(*argv)
+        assert f"all 2 checkpoints in {copy / 'checkpoints'} cannot be used: " in message
+        assert "optimizer.safetensors is damaged: its content is not what was written; restore one of" in message
+    shutil.rmtree(copy / "checkpoints")
     assert "model.safetensors is damaged" in failure("eval", copy)
-    assert "model.safetensors is damaged" in failure("generate", copy, "--prompt", "x")
-    optimizer = copy / "checkpoint" / "optimizer.safetensors"
-    optimizer.write_bytes(b"rubbish")
-    assert "optimizer.safetensors is damaged" in failure("train", "text", "--resume", "--run-dir", copy)
     (copy / "config.json").write_text("{]")
     assert "cannot read the configuration" in failure("eval", copy)
     (copy / "tokenizer" / "tokenizer.json").unlink()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from equilibria.cli.main import main
-from equilibria.train.run_folder import read_metrics
+from equilibria.train.run_folder import RunFolder, read_metrics
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
 
@@ -51,7 +51,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number: signal.Signals, text_dir: 
         f"stopped; everything is saved. Continue with: equilibria train text --resume --run-dir '{run}'"
     )
     assert out == ""
-    step = json.loads((run / "checkpoint" / "state.json").read_text())["step"]
+    (step,) = RunFolder(run).checkpoints.steps()
     assert step >= 3
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == list(range(1, step + 1))
     assert main(["train", "text", "--resume", "--run-dir", str(run), "--steps", str(step + 1), "--no-twin"]) == 0

@@ -20,8 +20,9 @@ from equilibria.cli.load import load_run
 from equilibria.cli.main import main
 from equilibria.data import load_tokenizer
 from equilibria.solution import UserError
+from equilibria.train.checkpoint import load_state
 from equilibria.train.config import TransformerModel, TrellisModel, load_config
-from equilibria.train.run_folder import read_metrics
+from equilibria.train.run_folder import RunFolder, read_metrics
 
 
 def test_every_artefact_is_there_and_valid(trained: Path):
@@ -31,9 +32,9 @@ def test_every_artefact_is_there_and_valid(trained: Path):
     tokenizer = load_tokenizer(trained / "tokenizer")
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
     for folder in (trained, trained / "twin"):
-        for part in ("checkpoint", "best"):
+        for part in ("checkpoints/step-00000003", "checkpoints/step-00000006", "best"):
             assert all(tensor.isfinite().all() for tensor in load_file(folder / part / "model.safetensors").values())
-        assert json.loads((folder / "checkpoint" / "state.json").read_text())["step"] == 6
+        assert len(list((folder / "checkpoints").iterdir())) == 2
     assert load_config(trained / "twin" / "config.json").model.depth == 2
     assert not list(trained.rglob(".*")), "leftovers of atomic writes"
     text = (trained / "sample.txt").read_text(encoding="utf-8")
@@ -64,7 +65,7 @@ def test_metrics_tell_the_phases_apart(trained: Path):
 
 def test_twin_saw_the_same_tokens(trained: Path):
     def state(folder: Path) -> dict:
-        return json.loads((folder / "checkpoint" / "state.json").read_text())
+        return load_state(RunFolder(folder).checkpoints.path(6))
 
     mine, twins = state(trained), state(trained / "twin")
     assert [mine[key] for key in ("step", "tokens", "epoch", "segment")] == [
@@ -239,7 +240,7 @@ def test_explicit_model_can_be_trained_alone(text_dir: Path, small: list[str], t
 def test_accumulated_steps_read_more_text(text_dir: Path, small: list[str], tmp_path: Path):
     argv = ["train", "text", "--data-dir", str(text_dir), *small, "--no-twin", "--steps", "2", "--pretrain-steps", "0"]
     assert main([*argv, "--run-dir", str(tmp_path / "two"), "--accumulate", "2"]) == 0
-    state = json.loads((tmp_path / "two" / "checkpoint" / "state.json").read_text())
+    state = RunFolder(tmp_path / "two").checkpoints.newest(load_state)
     assert (state["step"], state["segment"], state["tokens"]) == (2, 4, 2 * 2 * 4 * 8)
     model = load_run(tmp_path / "two").model()
     assert next(model.parameters()).dtype == torch.float32

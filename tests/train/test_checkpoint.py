@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from equilibria.data import disk
 from equilibria.solution import UserError
 from equilibria.train import checkpoint
 from equilibria.train.config import OptimConfig
@@ -40,21 +41,33 @@ def trained(seed: int, width: int = 4) -> tuple[Tied, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: dict[str, Tensor]) -> None:
-    checkpoint.save_checkpoint(folder, {"step": 3}, whole_weights(model), whole_optimizer(model, optimizer), position)
+def save(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    position: dict[str, Tensor] | None = None,
+    step: int = 0,
+) -> None:
+    checkpoint.save_checkpoint(
+        folder,
+        {"step": step},
+        model=whole_weights(model),
+        optimizer=whole_optimizer(model, optimizer),
+        position=checkpoint.random_state() if position is None else position,
+    )
 
 
 def test_everything_comes_back_bit_for_bit(tmp_path: Path):
     model, optimizer = trained(0)
     position = {"memory/z": torch.randn(2, 3), **checkpoint.random_state()}
-    save(tmp_path / "c", model, optimizer, position)
+    save(tmp_path / "c", model, optimizer, position, step=3)
     expected = torch.rand(5)  # what the generator, as stored, gives next
 
     other, other_optimizer = trained(1)
     assert checkpoint.load_state(tmp_path / "c")["step"] == 3
     checkpoint.load_weights(tmp_path / "c", other)
-    load_whole_optimizer(other, other_optimizer, checkpoint.load_optimizer(tmp_path / "c"))
-    restored = checkpoint.load_position(tmp_path / "c")
+    load_whole_optimizer(other, other_optimizer, checkpoint.load_tensors(tmp_path / "c", "optimizer"))
+    restored = checkpoint.load_tensors(tmp_path / "c", "position")
     checkpoint.set_random_state(restored)
 
     assert torch.equal(torch.rand(5), expected)
@@ -69,8 +82,8 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path):
 
 def test_no_pickle_in_any_file(tmp_path: Path):
     model, optimizer = trained(0)
-    save(tmp_path / "c", model, optimizer, checkpoint.random_state())
-    assert sorted(path.suffix for path in (tmp_path / "c").iterdir()) == [".json", *[".safetensors"] * 3]
+    save(tmp_path / "c", model, optimizer)
+    assert sorted(path.suffix for path in (tmp_path / "c").iterdir()) == ["", ".json", *[".safetensors"] * 3]
 
 
 @pytest.mark.parametrize("moment", ["writing", "between the renames", "before the clean-up"])
@@ -80,7 +93,7 @@ def test_a_kill_leaves_a_whole_checkpoint(tmp_path: Path, moment: str, monkeypat
     def fill_first(folder: Path) -> None:
         (folder / "a").write_text("old")
 
-    checkpoint.write_folder(target, fill_first)
+    disk.write_folder(target, fill_first)
 
     class Killed(BaseException):
         pass
@@ -106,28 +119,31 @@ def test_a_kill_leaves_a_whole_checkpoint(tmp_path: Path, moment: str, monkeypat
         if moment == "before the clean-up":
             patch.setattr(shutil, "rmtree", keep)
         with pytest.raises(Killed):
-            checkpoint.write_folder(target, fill)
-    checkpoint.settle_folder(target)
+            disk.write_folder(target, fill)
+    disk.settle_folder(target)
     assert (target / "a").read_text() == ("new" if moment == "before the clean-up" else "old")
     assert list(tmp_path.iterdir()) == [target]
 
 
 def test_another_model_is_named(tmp_path: Path):
     model, _ = trained(0)
-    checkpoint.save_checkpoint(tmp_path / "c", {}, whole_weights(model))
+    checkpoint.save_checkpoint(tmp_path / "c", {}, model=whole_weights(model))
     with pytest.raises(UserError, match=r"another model: first\.weight is \(4, 4\), the model has \(6, 6\)"):
         checkpoint.load_weights(tmp_path / "c", Tied(6))
     with pytest.raises(UserError, match=r"weight is missing; bias is missing; first\.bias is unknown") as caught:
         checkpoint.load_weights(tmp_path / "c", nn.Linear(4, 4))
-    assert "and 6 more differences" in str(caught.value)
+    assert "and 7 more differences" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "position.safetensors"])
+FILES = ["model.safetensors", "optimizer.safetensors", "position.safetensors", "state.json", "SHA256SUMS"]
+
+
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_damage_is_found(tmp_path: Path, name: str, damage: str):
     model, optimizer = trained(0)
-    save(tmp_path / "c", model, optimizer, checkpoint.random_state())
+    save(tmp_path / "c", model, optimizer)
     path = tmp_path / "c" / name
     content = bytearray(path.read_bytes())
     if damage == "cut":
@@ -139,18 +155,20 @@ def test_damage_is_found(tmp_path: Path, name: str, damage: str):
         path.unlink()
 
     def load() -> None:
-        checkpoint.load_weights(tmp_path / "c", model)
-        load_whole_optimizer(model, optimizer, checkpoint.load_optimizer(tmp_path / "c"))
-        checkpoint.load_position(tmp_path / "c")
+        checkpoint.load_state(tmp_path / "c")
+        for part in ("model", "optimizer", "position"):
+            checkpoint.load_tensors(tmp_path / "c", part)
 
-    with pytest.raises(UserError, match=rf"{name} is damaged: .*; restore") as caught:
-        load()
-    assert "\n" not in str(caught.value)
+    for read in (load, lambda: checkpoint.verify(tmp_path / "c")):
+        with pytest.raises(checkpoint.DamagedCheckpoint, match=r"is damaged: .*; restore") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+        assert name in str(caught.value) or name == "SHA256SUMS"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"sha256": 3}'])
 def test_damaged_state_is_found(tmp_path: Path, content: str):
-    checkpoint.save_checkpoint(tmp_path / "c", {}, whole_weights(nn.Linear(1, 1)))
+    checkpoint.save_checkpoint(tmp_path / "c", {}, model=whole_weights(nn.Linear(1, 1)))
     (tmp_path / "c" / "state.json").write_text(content)
     with pytest.raises(UserError, match=r"state\.json is damaged"):
         checkpoint.load_state(tmp_path / "c")
@@ -163,7 +181,7 @@ def test_absent_checkpoint(tmp_path: Path):
 
 def test_json_is_replaced_whole(tmp_path: Path):
     path = tmp_path / "x.json"
-    checkpoint.write_json(path, {"a": 1})
+    disk.write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
-        checkpoint.write_json(path, {"a": float("nan")})
+        disk.write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1}

@@ -12,6 +12,7 @@ from torch import nn
 from equilibria.data import Corpus, Split
 from equilibria.recipes.build import build_model
 from equilibria.solution import NonFiniteError, UserError
+from equilibria.train.checkpoint import load_state, save_checkpoint
 from equilibria.train.interrupt import Interrupted, StopRequest
 from equilibria.train.loop import Trainer
 from equilibria.train.optimizer import make_optimizer
@@ -246,9 +247,9 @@ def test_another_text_cannot_be_resumed(make: Make, corpus: Corpus):
 def test_checkpoint_of_another_version(make: Make):
     trainer = make(with_optim(steps=2))
     trainer.run()
-    path = trainer.folder.checkpoint / "state.json"
-    state = json.loads(path.read_text())
+    folder = trainer.folder.checkpoints.path(2)
+    state = load_state(folder)
     del state["epoch"]
-    path.write_text(json.dumps(state))
+    save_checkpoint(folder, state)
     with pytest.raises(UserError, match="written by another version: it lacks 'epoch'"):
         make(with_optim(steps=2))

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from equilibria.nn.parametrizations import weight_norm
-from equilibria.train.checkpoint import load_optimizer, save_checkpoint
+from equilibria.train.checkpoint import load_tensors, save_checkpoint
 from equilibria.train.optim_config import OptimConfig, OptimizerName
 from equilibria.train.optimizer import make_optimizer
-from equilibria.train.whole import load_whole_optimizer, whole_optimizer, whole_weights
+from equilibria.train.whole import load_whole_optimizer, whole_optimizer
 
 MOMENTUM = {"sgd": 0.9, "rmsprop": 0.9}
 
@@ -54,11 +54,11 @@ def test_goes_on_from_a_checkpoint_as_if_nothing_had_happened(name: OptimizerNam
     optimizer = make_optimizer(model, config)
     for seed in range(8):
         step(model, optimizer, seed)
-    save_checkpoint(tmp_path / "checkpoint", {}, whole_weights(model), whole_optimizer(model, optimizer))
+    save_checkpoint(tmp_path / "checkpoint", {}, optimizer=whole_optimizer(model, optimizer))
     other = nn.Linear(3, 2)
     other.load_state_dict(model.state_dict())
     again = make_optimizer(other, config)
-    load_whole_optimizer(other, again, load_optimizer(tmp_path / "checkpoint"))
+    load_whole_optimizer(other, again, load_tensors(tmp_path / "checkpoint", "optimizer"))
     for seed in range(8, 12):
         step(model, optimizer, seed)
         step(other, again, seed)
