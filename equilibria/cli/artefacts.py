@@ -11,14 +11,15 @@ from equilibria.cli.generate import encode_prompt, generate_ids, text_pieces
 from equilibria.cli.load import LoadedRun, device, load_run
 from equilibria.data import Corpus
 from equilibria.models import EquilibriumLM
-from equilibria.recipes.build import eval_stopping
 from equilibria.train.checkpoint import load_state
 from equilibria.train.config import MethodName, RunConfig
 from equilibria.train.interrupt import StopRequest
 from equilibria.train.plots import plot_evaluations, plot_loss, plot_residual
 from equilibria.train.report import describe_model, render, shown_path, xz_bits_per_byte
 from equilibria.train.run_folder import RunFolder, read_metrics
+from equilibria.train.solves import eval_stopping, trace_stopping
 from equilibria.train.state import TrainState
+from equilibria.train.traces import relative_trace, trace_solve
 
 
 def finish(config: RunConfig, corpus: Corpus, folder: RunFolder, stop: StopRequest) -> str:
@@ -68,24 +69,23 @@ def _plot(run: LoadedRun, corpus: Corpus) -> None:
         twin_depth=config.twin_depth if config.wants_twin else None,
     )
     compared: set[MethodName] = {"anderson", "broyden", "picard", config.solver.method}
-    traces = {method: _trace(run.model(method=method, trace=True), run, corpus) for method in sorted(compared)}
+    traces = {method: _trace(run.model(method=method), run, corpus) for method in sorted(compared)}
     rtol = eval_stopping(config.solver).rtol
     plot_residual(plots / "residual.png", traces, chosen=config.solver.method, rtol=rtol)
 
 
-@torch.no_grad()
 def _trace(model: EquilibriumLM, run: LoadedRun, corpus: Corpus) -> torch.Tensor:
-    """(1 + steps, B) residuals on the second segment of the validation split, the first with a memory."""
-    lanes = min(run.config.eval_batch_size, corpus.valid.max_batch_size)
-    batches = corpus.valid.batches(lanes, run.config.eval_segment, device())
-    memory, stats = None, []
-    for index in range(min(2, len(batches))):
-        output = model(*batches[index], memory)
-        memory, stats = output.memory if batches.carries_memory else None, output.stats
-    last = stats[-1]
-    assert last.trace is not None
-    scale = last.residual / last.relative  # (B,) ‖f(z*)‖
-    return last.trace / scale
+    """(1 + steps, B) residuals of a solve on validation text."""
+    config = run.config
+    stats = trace_solve(
+        model,
+        corpus.valid,
+        trace_stopping(config.solver),
+        batch_size=config.eval_batch_size,
+        length=config.eval_segment,
+        device=device(),
+    )
+    return relative_trace(stats)
 
 
 def _sample(run: LoadedRun, corpus: Corpus) -> str:

@@ -28,9 +28,9 @@ class LoadedRun:
     config: RunConfig
     tokenizer: Tokenizer
 
-    def model(self, *, method: MethodName | None = None, trace: bool = False) -> EquilibriumLM:
-        """The model with its best weights, ready to evaluate; `method` and `trace` as in `build_model`."""
-        model = build_model(self.config, self.tokenizer.size, method=method, trace=trace)
+    def model(self, *, method: MethodName | None = None) -> EquilibriumLM:
+        """The model with its best weights, ready to evaluate; `method` as in `build_model`."""
+        model = build_model(self.config, self.tokenizer.size, method=method)
         load_weights(self.folder.weights, model)
         return model.to(device()).eval()
 

@@ -12,6 +12,7 @@ from equilibria.solution import UserError
 from equilibria.solvers import GMRES, Anderson, Broyden, NewtonKrylov, Picard, ReversiblePicard, Solver
 from equilibria.stopping import Stopping
 from equilibria.train.config import DataConfig, MethodName, RunConfig, SolveConfig, TransformerModel
+from equilibria.train.solves import eval_stopping
 
 
 def build_corpus(config: DataConfig) -> Corpus:
@@ -79,29 +80,13 @@ def build_adjoint(config: SolveConfig) -> Adjoint:
             assert_never(name)
 
 
-def eval_stopping(config: SolveConfig) -> Stopping:
-    """When a solve outside training is done."""
-    return Stopping(
-        rtol=config.rtol if config.eval_rtol is None else config.eval_rtol,
-        atol=config.atol if config.eval_atol is None else config.eval_atol,
-        max_evals=config.max_evals if config.eval_max_evals is None else config.eval_max_evals,
-    )
-
-
-def trace_stopping(config: SolveConfig) -> Stopping:
-    """For a look at a whole solve: the residuals are recorded, far below the tolerance of evaluation."""
-    usual = eval_stopping(config)
-    return Stopping(rtol=usual.rtol / 100, atol=0.0, max_evals=max(30, usual.max_evals), trace=True)
-
-
 def build_model(
     config: RunConfig,
     vocab_size: int,
     *,
     method: MethodName | None = None,
-    trace: bool = False,
 ) -> DEQTransformerLM | DEQTrellisNetLM:
-    """The language model with fresh weights. `method` and `trace` serve to look at the solves of evaluation."""
+    """The language model with fresh weights. `method` serves to look at the solves of evaluation."""
     solver = config.solver
     shape = {"vocab_size": vocab_size, **dataclasses.asdict(config.model)}
     solves = {
@@ -109,7 +94,7 @@ def build_model(
         "stopping": Stopping(rtol=solver.rtol, atol=solver.atol, max_evals=solver.max_evals),
         # Another method than the one trained with is only looked at; some adjoints do not go with it.
         "adjoint": build_adjoint(solver) if method in (None, solver.method) else Implicit(),
-        "eval_stopping": trace_stopping(solver) if trace else eval_stopping(solver),
+        "eval_stopping": eval_stopping(solver),
     }
     try:
         if isinstance(config.model, TransformerModel):

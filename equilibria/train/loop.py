@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from equilibria.data import Corpus
-from equilibria.solution import NonFiniteError, UserError
+from equilibria.solution import NonFiniteError, Stats, UserError
 from equilibria.train import checkpoint
 from equilibria.train.config import RunConfig, to_json
 from equilibria.train.evaluate import Evaluation, evaluate
@@ -25,8 +25,9 @@ from equilibria.train.recorder import Recorder
 from equilibria.train.resume import restore_run, save_run
 from equilibria.train.run_folder import RunFolder
 from equilibria.train.schedule import LearningRate
-from equilibria.train.solves import jacobian_schedule, step_budget
+from equilibria.train.solves import jacobian_schedule, step_budget, trace_stopping
 from equilibria.train.state import TrainState
+from equilibria.train.traces import trace_solve
 from equilibria.train.whole import whole_weights
 
 
@@ -200,6 +201,8 @@ class Trainer:
             "valid/residual": result.residual,
         }
         self.recorder.record(row)
+        if depth is None and self.config.model.depth is None:
+            self.recorder.record_trace(self._trace())
         _finite(result.nll, "the validation loss")
         self.rate.cuts.validated(result.nll, state.step, self.config.optim)
         self.rate.set(state.step)
@@ -225,6 +228,18 @@ class Trainer:
             depth=depth,
             max_steps=config.max_eval_steps,
             on_segment=self.stop.check,
+        )
+
+    def _trace(self) -> Stats:
+        """A whole solve on validation text, to see later how solves changed."""
+        return trace_solve(
+            self.model,
+            self.corpus.valid,
+            trace_stopping(self.config.solver),
+            batch_size=self.config.eval_batch_size,
+            length=self.config.eval_segment,
+            device=self.accelerator.device,
+            plain=self._plain_model(),
         )
 
     # -- checkpoints ---------------------------------------------------------------------------------------------

@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from equilibria.solution import Stats
 from equilibria.train.config import RunConfig, to_json
 from equilibria.train.run_folder import MetricsLog, RunFolder
 from equilibria.train.state import TrainState
+from equilibria.train.traces import trace_row
 from equilibria.train.trackers import Trackers
 from equilibria.train.window import Window
 
@@ -25,11 +27,13 @@ class Recorder:
         self.say: Callable[[str], None] = lambda text: None
         self._trackers = Trackers(config.trackers, folder, project=config.tracker_project, say=lambda text: self.say(text))
         self._log: MetricsLog | None = None
+        self._traces: MetricsLog | None = None
 
     def open(self, say: Callable[[str], None]) -> None:
         """Continue the files and the trackers, without the rows after the present step; `say` prints a line."""
         self.say = say
         self._log = MetricsLog(self.folder.metrics, step=self.state.step)
+        self._traces = MetricsLog(self.folder.traces, step=self.state.step)
         self._trackers.open(step=self.state.step, config=to_json(self.config))
 
     def sync(self) -> None:
@@ -39,10 +43,12 @@ class Recorder:
 
     def close(self) -> None:
         """Close the files and end the trackers."""
-        if self._log is not None:  # ctrl-C may have struck before
-            self._log.close()
-            self._log = None
+        for log in (self._log, self._traces):
+            if log is not None:  # ctrl-C may have struck before
+                log.close()
+        if self._traces is not None:
             self._trackers.close()
+        self._log = self._traces = None
 
     def record_window(self, rate: float) -> None:
         """Write the row of the steps since the last one; `rate` is the learning rate of the next."""
@@ -57,3 +63,8 @@ class Recorder:
         if self._log is not None:
             self._log.append({"step": self.state.step, "seconds": round(self.state.seconds, 3), **row})
             self._trackers.log(row, self.state.step)
+
+    def record_trace(self, stats: Stats) -> None:
+        """Write a traced solve."""
+        if self._traces is not None:
+            self._traces.append({"step": self.state.step, "method": self.config.solver.method, **trace_row(stats)})

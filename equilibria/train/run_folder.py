@@ -6,6 +6,7 @@ checkpoints/         step-XXXXXXXX/, the last few, to resume from (see `equilibr
 best/                the weights with the lowest validation loss
 failures/            step-XXXXXXXX/, where a loss was not finite (see `equilibria.train.failure`)
 metrics.jsonl        one JSON object a line; events for TensorBoard are in tensorboard/
+traces.jsonl         a whole solve at each validation, residual after residual
 plots/  sample.txt  summary.json
 twin/                the explicit twin, a run of its own
 """
@@ -99,6 +100,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """The metrics, one JSON object a line."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def traces(self) -> Path:
+        """Solves of validations, one JSON object a line (see `equilibria.train.traces`)."""
+        return self.path / "traces.jsonl"
 
     @property
     def plots(self) -> Path:

@@ -9,6 +9,7 @@ import torch
 
 from equilibria.regularizers import JacobianSchedule
 from equilibria.solution import Stats
+from equilibria.stopping import Stopping
 from equilibria.train.solve_config import SolveConfig
 
 
@@ -91,3 +92,18 @@ def jacobian_schedule(config: SolveConfig, pretrain_steps: int, seed: int) -> Ja
         start=0 if every is None else pretrain_steps // every * every,
         seed=seed,
     )
+
+
+def eval_stopping(config: SolveConfig) -> Stopping:
+    """When a solve outside training is done."""
+    return Stopping(
+        rtol=config.rtol if config.eval_rtol is None else config.eval_rtol,
+        atol=config.atol if config.eval_atol is None else config.eval_atol,
+        max_evals=config.max_evals if config.eval_max_evals is None else config.eval_max_evals,
+    )
+
+
+def trace_stopping(config: SolveConfig) -> Stopping:
+    """For a look at a whole solve: the residuals are recorded, far below the tolerance of evaluation."""
+    usual = eval_stopping(config)
+    return Stopping(rtol=usual.rtol / 100, atol=0.0, max_evals=max(30, usual.max_evals), trace=True)

@@ -14,8 +14,6 @@ from equilibria.recipes.build import (
     build_linear_solver,
     build_model,
     build_solver,
-    eval_stopping,
-    trace_stopping,
 )
 from equilibria.solution import UserError
 from equilibria.solvers import Anderson, Broyden, Picard, ReversiblePicard
@@ -29,6 +27,7 @@ from equilibria.train.config import (
     TransformerModel,
     TrellisModel,
 )
+from equilibria.train.solves import eval_stopping, trace_stopping
 
 TINY = RunConfig(recipe="text", model=TransformerModel(d_model=8, n_head=2, d_inner=8, mem_len=4))
 TINY_TRELLIS = RunConfig(recipe="text", model=TrellisModel(d_embed=4, d_hidden=6, d_output=4))
@@ -130,7 +129,8 @@ def test_every_combination_trains(method: MethodName, backward: BackwardName, co
 
 def test_traced_model_shows_its_solves():
     assert trace_stopping(TINY.solver).rtol < eval_stopping(TINY.solver).rtol
-    model = build_model(TINY, 20, method="picard", trace=True).eval()
+    model = build_model(TINY, 20, method="picard").eval()
+    model.deq.eval_stopping = trace_stopping(TINY.solver)
     tokens = torch.arange(10).view(2, 5)
     with torch.no_grad():
         (stats,) = model(tokens, tokens + 1).stats
