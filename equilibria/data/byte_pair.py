@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
+import json
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer as HFTokenizer
@@ -16,48 +17,68 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 
+from equilibria.data.carve import pieces
+
 BYTES = 256
-CHUNK = 1 << 16  # characters that one thread encodes at a time
-CHUNKS_AT_ONCE = 64  # bounds the memory that encodings in flight take, far above one thread per core
+PIECES_AT_ONCE = 64  # bounds the memory that encodings in flight take, far above one thread per core
+END_OF_TEXT = "<|endoftext|>"
+KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|end|>", "[SEP]")
+"""What ends a text in tokenizers that do not say, the first that is a special token."""
 
 
 class BytePair:
     """Maps text to ids of byte sequences and back without loss: `decode(encode(text)) == text` for every text.
 
     Starts from the 256 bytes and repeatedly merges the most frequent pair of neighbours within a word (Sennrich, Haddow
-    and Birch, ACL 2016; on bytes as in Radford et al., 2019, section 2.2). There are no special tokens: nothing that
-    stands in a text has a second meaning.
+    and Birch, ACL 2016; on bytes as in Radford et al., 2019, section 2.2). Nothing that stands in a text has a second
+    meaning: `end_of_text`, the token between documents, if there is one, never comes from `encode`.
+
+    A tokenizer made elsewhere (`from_json`) may be of another kind, and then lose what it loses.
 
         BytePair.train("a text to learn from " * 9, vocab_size=300).encode("a text")
     """
 
     kind = "byte-pair"
 
-    def __init__(self, tokenizer: HFTokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: HFTokenizer, end_of_text: str | None = None) -> None:
+        # A text that spells a special token does not mean it; and some come with settings for short inputs.
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer, self.end_of_text = tokenizer, end_of_text
+        self._size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids may have gaps
+        self.end_id: int | None = None if end_of_text is None else tokenizer.token_to_id(end_of_text)
+        if end_of_text is not None and self.end_id is None:
+            raise ValueError(f"{end_of_text!r} is to end a text, but is no token")
 
     @classmethod
-    def train(cls, text: str, vocab_size: int) -> BytePair:
-        """Learns at most `vocab_size` tokens, the 256 bytes included, from `text`.
+    def train(cls, text: str | Iterable[str], vocab_size: int, end_of_text: str | None = None) -> BytePair:
+        """Learns at most `vocab_size` tokens, the 256 bytes and `end_of_text` included, from a text, or from several.
 
         A pair that occurs once is not merged, so a short text gives fewer tokens; `size` says how many.
-        Raises ValueError if `vocab_size` is below 256.
+        Raises ValueError if `vocab_size` is below 256, or 257 with an `end_of_text`.
         """
-        if vocab_size < BYTES:
-            raise ValueError(f"vocab_size is {vocab_size}; it must be at least {BYTES}, one token for each byte")
+        least = BYTES + (end_of_text is not None)
+        if vocab_size < least:
+            ends = " and one for the end of a text" if end_of_text else ""
+            raise ValueError(f"vocab_size is {vocab_size}; it must be at least {least}, one token for each byte{ends}")
         tokenizer = HFTokenizer(BPE())
         tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
         tokenizer.decoder = ByteLevelDecoder()  # pyright: ignore[reportAttributeAccessIssue]
         trainer = BpeTrainer(
-            vocab_size=vocab_size, min_frequency=2, initial_alphabet=ByteLevel.alphabet(), show_progress=False
+            vocab_size=vocab_size,
+            min_frequency=2,
+            initial_alphabet=ByteLevel.alphabet(),
+            special_tokens=[] if end_of_text is None else [end_of_text],
+            show_progress=False,
         )
-        tokenizer.train_from_iterator(_chunks(text), trainer)
-        return cls(tokenizer)
+        tokenizer.train_from_iterator(pieces(text) if isinstance(text, str) else text, trainer)
+        return cls(tokenizer, end_of_text)
 
     @property
     def size(self) -> int:
         """Number of tokens."""
-        return self._tokenizer.get_vocab_size()
+        return self._size
 
     def encode(self, text: str) -> list[int]:
         """Ids of the tokens of `text`."""
@@ -76,38 +97,57 @@ class BytePair:
             raise ValueError(f"id {outside} is outside the vocabulary; ids are 0 to {self.size - 1}")
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each of several texts, which are encoded side by side."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
     def save(self, folder: Path) -> None:
-        """Writes `folder`/tokenizer.json, which `load_tokenizer` and Hugging Face's libraries read."""
-        self._tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+        """Writes `folder`/tokenizer.json, which `load_tokenizer` and Hugging Face's libraries read.
+
+        A tokenizer_config.json beside it tells them what ends a text.
+        """
+        (folder / "tokenizer.json").write_text(self.to_json(), encoding="utf-8")
+        if self.end_of_text is None:
+            (folder / "tokenizer_config.json").unlink(missing_ok=True)
+        else:
+            about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end_of_text}
+            (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+
+    def to_json(self) -> str:
+        """The text of tokenizer.json."""
+        return self._tokenizer.to_str(pretty=False)
 
     @classmethod
-    def from_json(cls, document: str) -> BytePair:
+    def from_json(cls, document: str, end_of_text: str | None = None) -> BytePair:
         """The tokenizer that `save` wrote, from the text of its file. Raises ValueError if it is not one."""
         try:
-            return cls(HFTokenizer.from_str(document))
+            tokenizer = HFTokenizer.from_str(document)
         except Exception as error:  # the library raises no narrower class
             raise ValueError(str(error)) from None
+        return cls(tokenizer, end_of_text)
+
+    def ending(self, end_of_text: str | None = None) -> BytePair:
+        """The same tokenizer with an end of text: this one, or else one it knows, or else a token that is added to it."""
+        special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+        end = end_of_text or next((known for known in KNOWN_ENDS if known in special), END_OF_TEXT)
+        if end not in special:
+            self._tokenizer.add_special_tokens([end])
+        return BytePair(self._tokenizer, end)
 
     def _encode(self, text: str) -> array[int]:
         ids = array("q")
-        chunks = _chunks(text)
-        while group := list(islice(chunks, CHUNKS_AT_ONCE)):
-            for encoding in self._tokenizer.encode_batch_fast(group, add_special_tokens=False):
-                ids.extend(encoding.ids)
+        parts = pieces(text)
+        while group := list(islice(parts, PIECES_AT_ONCE)):
+            for each in self.encode_all(group):
+                ids.extend(each)
         return ids
 
 
-def _chunks(text: str, size: int = CHUNK) -> Iterator[str]:
-    """Cuts a text into chunks of about `size` >= 1 characters, whose tokens together are the tokens of the whole text.
-
-    That holds for a cut between a visible character and a space or newline. No word, as byte-level encoding knows
-    them, goes on over such a place, and none depends on what lies on its other side. (Between white space and a
-    visible character it would: a run of white space ends one character early where a visible character follows.)
-    """
-    cut = re.compile(r"(?<=\S)[ \n]")
-    start = 0
-    while start < len(text):
-        found = cut.search(text, start + size)
-        end = found.start() if found else len(text)
-        yield text[start:end]
-        start = end
+def declared_end(config: Path | None) -> str | None:
+    """The end of a text that a tokenizer_config.json names; None without one. Raises ValueError for a damaged file."""
+    if config is None or not config.is_file():
+        return None
+    document: Any = json.loads(config.read_text(encoding="utf-8"))
+    token = document.get("eos_token") if isinstance(document, dict) else None
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) and token else None

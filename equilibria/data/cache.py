@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -96,50 +96,62 @@ def numbered_words(paths: Sequence[Path], style: WordStyle, *, large: int = LARG
     if sum(path.stat().st_size for path in paths) < large:
         outs = in_memory()
         vocabulary = number_words(paths, style, outs)
-        return [_tensor(out.getbuffer()).to(torch.int64) for out in outs], vocabulary  # pyright: ignore
-    folder = cache_folder() / "words" / _key(paths, style)
-    if not folder.is_dir():
-        _make(folder, paths, style)
-    elif not _whole(folder):
-        print(f"the kept text in {folder} is damaged; its words are numbered again", file=sys.stderr, flush=True)
-        _make(folder, paths, style, replace=True)
-    return _read(folder)
+        return [as_tensor(out.getbuffer()).to(torch.int64) for out in outs], vocabulary  # pyright: ignore
 
-
-def _make(folder: Path, paths: Sequence[Path], style: WordStyle, *, replace: bool = False) -> None:
-    with new_folder(folder, replace=replace) as scratch:
+    def fill(scratch: Path) -> None:
         with contextlib.ExitStack() as stack:
             outs = [stack.enter_context((scratch / name).open("w+b")) for name in NAMES]
-            bar = stack.enter_context(_bar(paths))
+            bar = stack.enter_context(progress_bar("numbering the words, once", sum(path.stat().st_size for path in paths)))
             number_words(paths, style, outs, bar.update).save(scratch)
-        (scratch / DIGESTS).write_text(json.dumps({path.name: sha256(path) for path in scratch.iterdir()}))
 
-
-def _bar(paths: Sequence[Path]) -> tqdm:
-    """Shown on a terminal only."""
-    size = sum(path.stat().st_size for path in paths)
-    return tqdm(total=size, unit="B", unit_scale=True, desc="numbering the words, once", disable=None)
-
-
-def _whole(folder: Path) -> bool:
-    """Every file is as it was written."""
-    try:
-        digests = json.loads((folder / DIGESTS).read_text())
-        return all(sha256(folder / name) == digests[name] for name in (TOKENIZER, *NAMES))
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _read(folder: Path) -> tuple[list[Tensor], Vocabulary]:
+    folder = kept_folder("words", _key(paths, style), fill, "its words are numbered again")
     vocabulary = load_tokenizer(folder)
     assert isinstance(vocabulary, Vocabulary)
+    return kept_tokens(folder), vocabulary
+
+
+def kept_folder(kind: str, key: str, fill: Callable[[Path], None], remedy: str) -> Path:
+    """The folder `kind`/`key` of the cache, whole: `fill` is called with an empty folder where there is none.
+
+    The SHA-256 of every file is kept with it. Where one is not as it was written, the folder is filled again, with a line
+    on stderr that ends in `remedy`. Its time of change is that of its last use, by which `equilibria data clear` goes.
+    """
+    folder = cache_folder() / kind / key
+    damaged = folder.is_dir() and not _whole(folder)
+    if damaged:
+        print(f"the kept text in {folder} is damaged; {remedy}", file=sys.stderr, flush=True)
+    if damaged or not folder.is_dir():
+        with new_folder(folder, replace=damaged) as scratch:
+            fill(scratch)
+            (scratch / DIGESTS).write_text(json.dumps({path.name: sha256(path) for path in scratch.iterdir()}))
+    with contextlib.suppress(OSError):  # a cache may be shared, and closed to writing
+        os.utime(folder)
+    return folder
+
+
+def kept_tokens(folder: Path) -> list[Tensor]:
+    """The three files of tokens in a folder, int32, read from there as they are needed (memory-mapped)."""
     tokens: list[Tensor] = []
     for name in NAMES:
         path = folder / name
         size = path.stat().st_size // IDS.itemsize
         # A private map: pages are read when they are needed, and writing to them would not reach the file.
         tokens.append(torch.from_file(str(path), shared=False, size=size, dtype=torch.int32))
-    return tokens, vocabulary
+    return tokens
+
+
+def progress_bar(what: str, size: int | None) -> tqdm:
+    """Of bytes; shown on a terminal only."""
+    return tqdm(total=size, unit="B", unit_scale=True, desc=what, disable=None)
+
+
+def _whole(folder: Path) -> bool:
+    """Every file is as it was written."""
+    try:
+        digests = json.loads((folder / DIGESTS).read_text())
+        return {TOKENIZER, *NAMES} <= digests.keys() and all(sha256(folder / name) == digests[name] for name in digests)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _key(paths: Sequence[Path], style: WordStyle) -> str:
@@ -150,5 +162,6 @@ def _key(paths: Sequence[Path], style: WordStyle) -> str:
     return digest.hexdigest()
 
 
-def _tensor(ids: memoryview) -> Tensor:
+def as_tensor(ids: memoryview) -> Tensor:
+    """(N,) int32: ids that were written to memory."""
     return torch.frombuffer(ids, dtype=torch.int32) if len(ids) else torch.empty(0, dtype=torch.int32)

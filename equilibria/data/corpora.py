@@ -12,18 +12,18 @@ from equilibria.data.byte_pair import BytePair
 from equilibria.data.cache import LARGE, cache_folder, numbered_words
 from equilibria.data.copy_memory import DELAY, copy_memory
 from equilibria.data.corpus import Corpus, Split
+from equilibria.data.numbered_text import Note
+from equilibria.data.options import TextOptions
+from equilibria.data.own_text import VOCAB_SIZE, text_corpus
 from equilibria.data.published import DATA_SETS, DataSet, find_data_set
-from equilibria.data.python_docs import Texts, python_docs_texts
+from equilibria.data.python_docs import python_docs_texts
 from equilibria.data.word_ids import ORIGINAL_STYLES, WordStyle, text_chunks
 from equilibria.solution import UserError
 
-VOCAB_SIZE = 2048
-"""Tokens of a byte-pair vocabulary unless told otherwise: about 3 bytes of English per token."""
 CORPORA = ("python-docs", *DATA_SETS, "copy-memory", "text")
 HUNDRED_MILLION = 100_000_000  # bytes of enwik8, and of text8
 TEXT8_ALPHABET = b" abcdefghijklmnopqrstuvwxyz"
 TEXT_FILES = ("train.txt", "valid.txt", "test.txt")
-TEXT_SOURCE = "put your own text into it as UTF-8, some 90 %, 5 % and 5 % of it in the three files"
 
 
 def load_corpus(
@@ -33,13 +33,16 @@ def load_corpus(
     vocab_size: int | None = None,
     delay: int | None = None,
     original_vocabulary: bool = False,
+    text: TextOptions | None = None,
+    note: Note = lambda line: None,
 ) -> Corpus:
     """The corpus called `name`, one of `CORPORA`.
 
     - 'wikitext-103', 'wikitext-2', 'penn-treebank', 'penn-treebank-char', 'enwik8', 'text8': published data sets, read
       from `data_dir`, or from where `equilibria data get` has put them. See `published_corpus`.
-    - 'python-docs': the documentation that Python carries, as byte pairs. 'text': train.txt, valid.txt and test.txt of
-      `data_dir`, as byte pairs. Their vocabulary has `vocab_size` tokens (default 2048).
+    - 'python-docs': the documentation that Python carries, as `vocab_size` byte pairs (default 2048).
+    - 'text': a text of your own, from the files in `data_dir` or from a data set of Hugging Face, as `text` says. See
+      `text_corpus`, which tells `note` what it found.
     - 'copy-memory': sequences with a `delay` of T positions (default 400). See `copy_memory`.
 
     `original_vocabulary` numbers the words of a published data set as the original DEQ code does, which a checkpoint
@@ -55,6 +58,8 @@ def load_corpus(
         raise UserError(f"the vocabulary of {name} is all its symbols; leave the vocabulary size out (None)")
     if original_vocabulary and name not in ORIGINAL_STYLES:
         raise UserError(f"the original code has no vocabulary of {name}; leave the option out (False)")
+    if name != "text" and text not in (None, TextOptions()):
+        raise UserError(f"the options of a text of your own are for the corpus text, not for {name}; leave them out")
     if name in ("python-docs", "copy-memory") and data_dir is not None:
         whence = "read from the Python installation" if name == "python-docs" else "generated"
         raise UserError(
@@ -65,11 +70,9 @@ def load_corpus(
         return python_docs(VOCAB_SIZE if vocab_size is None else vocab_size)
     if name == "copy-memory":
         return copy_memory(DELAY if delay is None else delay)
-    if name != "text":
-        return published_corpus(name, data_dir, original_vocabulary=original_vocabulary)
-    if data_dir is None:
-        raise UserError("the corpus text is read from a folder; name the folder with --data-dir")
-    return text_folder(data_dir, VOCAB_SIZE if vocab_size is None else vocab_size)
+    if name == "text":
+        return text_corpus(data_dir, text, vocab_size=vocab_size, note=note)
+    return published_corpus(name, data_dir, original_vocabulary=original_vocabulary)
 
 
 def published_corpus(name: str, data_dir: str | Path | None = None, *, original_vocabulary: bool = False) -> Corpus:
@@ -119,18 +122,6 @@ def word_corpus(name: str, paths: Sequence[Path], style: WordStyle | None = None
     return Corpus(name, *splits, tokenizer=vocabulary, test_text="".join(text_chunks(paths[2])))
 
 
-def text_folder(data_dir: str | Path, vocab_size: int = VOCAB_SIZE) -> Corpus:
-    """A text of one's own: train.txt, valid.txt and test.txt in `data_dir`, as byte pairs learnt from train.txt.
-
-    A short text gives fewer than `vocab_size` tokens; see `BytePair.train`. Raises UserError if a file is not there,
-    is empty or is not UTF-8, or if `vocab_size` is below 256.
-
-        text_folder("my-text", vocab_size=1024).test.bytes_per_token
-    """
-    paths = _find([Path(data_dir)], list(TEXT_FILES), TEXT_SOURCE)
-    return _byte_pair_corpus("text", Texts(*("".join(text_chunks(path)) for path in paths)), vocab_size)
-
-
 def python_docs(vocab_size: int = VOCAB_SIZE) -> Corpus:
     """The documentation that Python itself carries, as byte pairs; nothing to download. See `python_docs_texts`.
 
@@ -138,7 +129,13 @@ def python_docs(vocab_size: int = VOCAB_SIZE) -> Corpus:
 
         python_docs(vocab_size=512).train.tokens
     """
-    return _byte_pair_corpus("python-docs", python_docs_texts(), vocab_size)
+    texts = python_docs_texts()
+    try:
+        tokenizer = BytePair.train(texts.train, vocab_size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    splits = (Split(tokenizer.encode_tensor(each), len(each.encode())) for each in texts)
+    return Corpus("python-docs", *splits, tokenizer=tokenizer, test_text=texts.test)
 
 
 def data_set_folder(name: str) -> Path:
@@ -196,15 +193,6 @@ def _stripped(part: torch.Tensor) -> torch.Tensor:
     while start < end and part[end - 1] == ord(" "):
         end -= 1
     return part[start:end]
-
-
-def _byte_pair_corpus(name: str, texts: Texts, vocab_size: int) -> Corpus:
-    try:
-        tokenizer = BytePair.train(texts.train, vocab_size)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    splits = (Split(tokenizer.encode_tensor(text), len(text.encode())) for text in texts)
-    return Corpus(name, *splits, tokenizer=tokenizer, test_text=texts.test)
 
 
 def _find(places: list[Path], names: list[str], source: str) -> list[Path]:

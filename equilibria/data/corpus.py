@@ -29,6 +29,8 @@ class Split:
     """(N,) integers; int32 and memory-mapped where the text is large. For independent sequences, (N, L)."""
     text_bytes: int | None
     """Length in bytes, as UTF-8, of the text that the tokens stand for; None where they stand for no text."""
+    documents: int | None = None
+    """How many documents the text is, with a token between each and the next that stands for no byte; None: it is one."""
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -118,7 +120,7 @@ class Corpus:
     tokenizer: Tokenizer
     """Never None: symbols that stand for no text have names too, as those of the copy-memory task do."""
     test_text: str | None
-    """The text of the test split as it was before tokenisation; None where the tokens stand for no text."""
+    """The text of the test split as it was before tokenisation; None where it is long, or the tokens stand for none."""
 
     @property
     def fingerprint(self) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 from equilibria.data.byte_ids import Bytes
-from equilibria.data.byte_pair import BytePair
+from equilibria.data.byte_pair import BytePair, declared_end
+from equilibria.data.hub import fetch_tokenizer
 from equilibria.data.vocabulary import Vocabulary
 from equilibria.solution import UserError
 
@@ -55,6 +56,32 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             return Vocabulary.from_document(document)
         if isinstance(document, dict) and document.get("kind") == Bytes.kind:
             return Bytes.from_document(document)
-        return BytePair.from_json(text)
+        return BytePair.from_json(text, declared_end(folder / "tokenizer_config.json"))
     except ValueError as error:
         raise UserError(f"{path} is not a saved tokenizer ({error}); save the tokenizer again") from None
+
+
+def read_tokenizer(name: str) -> BytePair:
+    """A tokenizer made elsewhere: a file tokenizer.json, a folder that has one, or a name on the Hugging Face Hub.
+
+    What ends a text is what its tokenizer_config.json calls eos_token, or else a special token that is known for it; one
+    that has neither is given `<|endoftext|>`. Raises UserError if it cannot be had or read.
+
+        read_tokenizer("gpt2").encode("some text")
+    """
+    place = Path(name).expanduser()
+    path, config = (place / "tokenizer.json", place / "tokenizer_config.json") if place.is_dir() else (place, None)
+    if not place.exists():
+        if place.is_absolute() or name.startswith((".", "~")) or place.suffix == ".json":
+            raise UserError(
+                f"there is no tokenizer {name}; name a tokenizer.json, a folder with one, or a model of the Hub"
+            )
+        path, config = fetch_tokenizer(name)
+    elif place.is_file():
+        config = place.with_name("tokenizer_config.json")
+    if not path.is_file():
+        raise UserError(f"{name} has no tokenizer.json; name a folder that a fast tokenizer was saved in, or its file")
+    try:
+        return BytePair.from_json(path.read_text(encoding="utf-8")).ending(declared_end(config))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is no tokenizer that can be read ({error}); name another, or save it again") from None
