@@ -28,7 +28,7 @@ def finish(config: RunConfig, corpus: Corpus, folder: RunFolder, stop: StopReque
         "recipe": config.recipe,
         "folder": shown_path(folder.path),
         "xz_bits_per_byte": None if corpus.test_text is None else xz_bits_per_byte(corpus.test_text),
-        "sample": corpus.test_text is not None,
+        "sample": corpus.test.text_bytes is not None,
     }
     run = load_run(folder.path)
     summary["model"] = _describe(run, corpus)
@@ -37,7 +37,7 @@ def finish(config: RunConfig, corpus: Corpus, folder: RunFolder, stop: StopReque
         summary["twin"] = _describe(load_run(folder.twin.path), corpus)
         stop.check()
     _plot(run, corpus)
-    if corpus.test_text is not None:
+    if corpus.test.text_bytes is not None:
         folder.sample.write_text(_sample(run, corpus), encoding="utf-8")
     stop.check()
     summary["seconds"] = sum(_state(part).seconds for part in (folder, folder.twin) if part.has_checkpoint())

@@ -27,6 +27,8 @@ class LoadedRun:
     folder: RunFolder
     config: RunConfig
     tokenizer: Tokenizer
+    read: tuple[DataConfig, Corpus] | None = None
+    """The corpus that was read for its tokenizer, of a run that has none of its own."""
 
     def model(self, *, method: MethodName | None = None) -> EquilibriumLM:
         """The model with its best weights, ready to evaluate; `method` as in `build_model`."""
@@ -36,7 +38,9 @@ class LoadedRun:
 
     def corpus(self, data_dir: Path | None = None) -> Corpus:
         """The corpus of the run, which must give the same tokens; `data_dir` says where it is now."""
-        data = _with_data_dir(self.config.data, data_dir)
+        data = with_own_tokenizer(_with_data_dir(self.config.data, data_dir), self.folder)
+        if self.read is not None and self.read[0] == data:
+            return self.read[1]
         corpus = build_corpus(data)
         check_vocabulary(self.folder, corpus, data)
         return corpus
@@ -64,10 +68,10 @@ def load_run(path: Path, data_dir: Path | None = None) -> LoadedRun:
         torch.set_num_threads(config.threads)
     size = None if folder.tokenizer.is_dir() else load_state(folder.best).get("vocab_size")
     if size is None:
-        tokenizer = load_tokenizer(folder.tokenizer)
-    else:
-        tokenizer = _tokenizer_of(path, _with_data_dir(config.data, data_dir), size)
-    return LoadedRun(folder=folder, config=config, tokenizer=tokenizer)
+        return LoadedRun(folder=folder, config=config, tokenizer=load_tokenizer(folder.tokenizer))
+    data = _with_data_dir(config.data, data_dir)
+    corpus = _corpus_of(path, data, size)
+    return LoadedRun(folder=folder, config=config, tokenizer=corpus.tokenizer, read=(data, corpus))
 
 
 def check_vocabulary(folder: RunFolder, corpus: Corpus, data: DataConfig) -> None:
@@ -86,22 +90,33 @@ def check_vocabulary(folder: RunFolder, corpus: Corpus, data: DataConfig) -> Non
                 )
 
 
-def _tokenizer_of(run: Path, data: DataConfig, size: int) -> Tokenizer:
+def with_own_tokenizer(data: DataConfig, folder: RunFolder) -> DataConfig:
+    """A tokenizer made elsewhere is that of the run folder, which needs nothing else."""
+    if data.text.tokenizer is None or not folder.tokenizer.is_dir():
+        return data
+    return dataclasses.replace(data, text=dataclasses.replace(data.text, tokenizer=str(folder.tokenizer)))
+
+
+def _corpus_of(run: Path, data: DataConfig, size: int) -> Corpus:
     try:
-        tokenizer = build_corpus(data).tokenizer
+        corpus = build_corpus(data)
     except UserError as error:
         raise UserError(f"{run} has no tokenizer, for it was converted without its text: {error}") from error
-    if tokenizer.size != size:
+    if corpus.tokenizer.size != size:
         where = "" if data.data_dir is None else f" in {data.data_dir}"
         raise UserError(
-            f"the text of {data.corpus}{where} has a vocabulary of {tokenizer.size:,}, but the model of {run} one of "
-            f"{size:,}; use the text that it was trained on"
+            f"the text of {data.corpus}{where} has a vocabulary of {corpus.tokenizer.size:,}, but the model of {run} one "
+            f"of {size:,}; use the text that it was trained on"
         )
-    return tokenizer
+    return corpus
 
 
 def _with_data_dir(data: DataConfig, data_dir: Path | None) -> DataConfig:
-    return data if data_dir is None else dataclasses.replace(data, data_dir=data_dir)
+    """Files in place of a data set, too: the exported text, say."""
+    if data_dir is None:
+        return data
+    text = dataclasses.replace(data.text, dataset=None, dataset_config=None, streaming=False)
+    return dataclasses.replace(data, data_dir=data_dir, text=text)
 
 
 def device() -> torch.device:

@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from equilibria.cli.artefacts import finish
-from equilibria.cli.load import check_vocabulary
+from equilibria.cli.load import check_vocabulary, with_own_tokenizer
 from equilibria.cli.parse import parse
 from equilibria.data import Corpus, SequenceSplit
 from equilibria.models import start_from_frequencies
@@ -70,17 +70,19 @@ def train_command(argv: Sequence[str]) -> int:
         if scale != 1 and options.config.model != stored.model:
             raise UserError(f"a resumed run keeps its size, which is not that of --scale {scale:g}; leave --scale out")
         options = dataclasses.replace(_parse(recipe, rest, stored), load=None)  # the checkpoint has the weights
+        options = dataclasses.replace(options, config=_with_absolute_paths(options.config))
         if changes := changed_fields(stored, options.config, FIXED_ON_RESUME):
             raise UserError(
                 f"a resumed run cannot change {', '.join(changes)}: the checkpoint depends on it; "
                 "leave that option out, or leave --resume out to start a new run"
             )
-    config = _with_absolute_data_dir(options.config)
+    config = _with_absolute_paths(options.config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     check_trackers(config.trackers)
     keep_freed_memory()
-    corpus = build_corpus(config.data)
+    data = config.data if folder is None else with_own_tokenizer(config.data, folder)
+    corpus = build_corpus(data, note=lambda line: print(f"text: {line}", file=sys.stderr, flush=True))
     if options.load is not None:
         check_vocabulary(RunFolder(options.load), corpus, config.data)
     if folder is None:
@@ -180,11 +182,18 @@ def _with_model_of(stored: RunConfig, config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, model=stored.model, data=data)
 
 
-def _with_absolute_data_dir(config: RunConfig) -> RunConfig:
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
     """The stored configuration must hold wherever the run is resumed from."""
-    if config.data.data_dir is None:
-        return config
-    data = dataclasses.replace(config.data, data_dir=config.data.data_dir.resolve())
+    data = config.data
+    names = {name: getattr(data.text, name) for name in ("dataset", "tokenizer")}  # of the Hub, where there is no such file
+    here = {
+        name: str(path.resolve()) for name, given in names.items() if given and (path := Path(given).expanduser()).exists()
+    }
+    data = dataclasses.replace(
+        data,
+        data_dir=None if data.data_dir is None else data.data_dir.resolve(),
+        text=dataclasses.replace(data.text, **here),
+    )
     return dataclasses.replace(config, data=data)
 
 

@@ -45,8 +45,9 @@ class DataSetText:
 
     def size(self) -> int | None:
         """Bytes of the whole data set in memory; None for one that is read as it arrives."""
-        sizes = [getattr(split, "data", None) for split in self.splits if split is not None]
-        return None if any(data is None for data in sizes) else sum(data.nbytes for data in sizes)
+        tables = [getattr(split, "data", None) for split in self.splits if split is not None]
+        sizes = [table.nbytes for table in tables if table is not None]
+        return sum(sizes) if len(sizes) == len(tables) else None
 
     def key(self) -> object:
         """What decides the documents."""
@@ -86,7 +87,7 @@ def find_data_set_text(
 
 
 def fetch_tokenizer(name: str) -> tuple[Path, Path | None]:
-    """tokenizer.json of a model on the Hub, and its tokenizer_config.json if it has one, from the cache if they are there."""
+    """tokenizer.json of a model on the Hub, and its tokenizer_config.json if it has one."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -105,8 +106,8 @@ def fetch_tokenizer(name: str) -> tuple[Path, Path | None]:
         ) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(
-            f"there is no tokenizer {name}, neither as a file or folder here nor on the Hugging Face Hub; check the name, or "
-            "log in with: hf auth login, if it is private"
+            f"there is no tokenizer {name}, neither as a file or folder here nor on the Hugging Face Hub; check the name, "
+            "or log in with: hf auth login, if it is private"
         ) from None
     except LocalEntryNotFoundError:  # not kept from earlier, and no network
         raise _not_reached("tokenizer", name) from None

@@ -121,8 +121,8 @@ def _by_name(folder: Path, found: list[Path]) -> list[list[Path]]:
     if not splits[0]:
         odd = next(path for paths in splits for path in paths)
         raise UserError(
-            f"{odd} is named as if it were to validate or test on, but nothing in {folder} is named train; rename the files "
-            "to train on so that they begin with train, or put them into a folder train"
+            f"{odd} is named as if it were to validate or test on, but nothing in {folder} is named train; rename the "
+            "files to train on so that they begin with train, or put them into a folder train"
         )
     return splits
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import assert_never
 
 from equilibria.adjoints import Adjoint, Implicit, Neumann, Phantom, Reversible, Shine, Unrolled
@@ -15,14 +16,16 @@ from equilibria.train.config import DataConfig, MethodName, RunConfig, SolveConf
 from equilibria.train.solves import eval_stopping
 
 
-def build_corpus(config: DataConfig) -> Corpus:
-    """The text, read and cut into tokens."""
+def build_corpus(config: DataConfig, note: Callable[[str], None] = lambda line: None) -> Corpus:
+    """The text, read and cut into tokens; `note` is told what was found in a text of one's own."""
     return load_corpus(
         config.corpus,
         config.data_dir,
         vocab_size=config.vocab_size,
         delay=config.delay,
         original_vocabulary=config.original_vocabulary,
+        text=config.text,
+        note=note,
     )
 
 

@@ -29,7 +29,7 @@ def quickstart() -> RunConfig:
 
 
 def text() -> RunConfig:
-    """Your own text: --data-dir names a folder with train.txt, valid.txt and test.txt."""
+    """Your own text: --data-dir names a folder of .txt, .jsonl or .parquet files, --dataset a Hugging Face data set."""
     return dataclasses.replace(quickstart(), recipe="text", data=DataConfig(corpus="text"))
 
 

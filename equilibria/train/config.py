@@ -17,6 +17,7 @@ import cattrs
 import tyro
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn
 
+from equilibria.data.options import TextOptions
 from equilibria.solution import UserError
 from equilibria.train.checks import check, check_not_negative, check_positive
 from equilibria.train.model_config import FAMILIES, Model, TransformerModel, TrellisModel, family, fixed_fields
@@ -37,6 +38,7 @@ __all__ = [
     "SampleConfig",
     "ScheduleName",
     "SolveConfig",
+    "TextOptions",
     "TrackerName",
     "TransformerModel",
     "TrellisModel",
@@ -60,15 +62,17 @@ class DataConfig:
     """Which text, and how it is cut into tokens."""
 
     corpus: CorpusName = "python-docs"
-    """Where the text comes from; text needs --data-dir."""
+    """Where the text comes from; text is your own, in --data-dir or --dataset."""
     data_dir: Path | None = None
-    """Folder that holds the files of the corpus; None: where `equilibria data get` puts them."""
+    """Folder that holds the files of the corpus: for text .txt, .jsonl and .parquet; for others None: where
+    `equilibria data get` puts them."""
     vocab_size: int | None = None
     """Size of the byte-pair vocabulary (None: 2048); other corpora bring their own."""
     original_vocabulary: bool = False
     """Number words as the original code does, which a checkpoint of it needs."""
     delay: int | None = None
     """Steps that the copy-memory task has to remember its symbols for (None: 400)."""
+    text: TextOptions = field(default_factory=TextOptions)
 
     def __post_init__(self) -> None:
         check_positive(self, "delay")
@@ -171,6 +175,11 @@ FIXED_ON_RESUME = (
     "data.vocab_size",
     "data.delay",
     "data.original_vocabulary",
+    "data.text.text_field",
+    "data.text.max_documents",
+    "data.text.tokenizer",
+    "data.text.valid_share",
+    "data.text.test_share",
     "optim.batch_size",
     "optim.length",
     "optim.variable_length",

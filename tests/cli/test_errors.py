@@ -74,8 +74,8 @@ def test_missing_and_empty_text(failure: Failure, text_dir: Path, small: list[st
     (broken / "valid.txt").write_text("")
     message = failure("train", "text", "--data-dir", broken, "--run-dir", run)
     assert "valid.txt is empty; put text into it" in message
-    (broken / "valid.txt").unlink()
-    assert "there is no valid.txt" in failure("train", "text", "--data-dir", broken, "--run-dir", run)
+    (broken / "train.txt").unlink()
+    assert "nothing in" in failure("train", "text", "--data-dir", broken, "--run-dir", run)
     assert not run.exists(), "a command that fails at once leaves no folder"
     (broken / "valid.txt").write_text("the cat\n")
     (broken / "train.txt").write_text("the cat\n")

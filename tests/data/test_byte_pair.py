@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from equilibria.data import BytePair, load_tokenizer
-from equilibria.data.byte_pair import _chunks
+from equilibria.data.carve import pieces
 
 TEXT = "the cat sat on the mat\n\n  the hat's on the cat, 12 + 12 = 24\n" * 4
 TOKENIZER = BytePair.train(TEXT, vocab_size=275)
@@ -26,18 +26,18 @@ def test_round_trip_of_any_text(text: str) -> None:
 
 
 @given(st.text() | edges, st.integers(1, 8))
-def test_chunks_have_the_tokens_of_the_whole_text(text: str, size: int) -> None:
-    chunks = list(_chunks(text, size))
-    assert "".join(chunks) == text
-    assert all(chunks)
-    assert [i for chunk in chunks for i in TOKENIZER.encode(chunk)] == TOKENIZER.encode(text)
+def test_pieces_have_the_tokens_of_the_whole_text(text: str, size: int) -> None:
+    parts = list(pieces(text, size))
+    assert "".join(parts) == text
+    assert all(parts)
+    assert [i for part in parts for i in TOKENIZER.encode(part)] == TOKENIZER.encode(text)
 
 
 def test_a_long_text_is_cut_and_has_the_tokens_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = TOKENIZER.encode(TEXT)
-    assert len(list(_chunks(TEXT, 10))) > 10
-    monkeypatch.setattr("equilibria.data.byte_pair.CHUNKS_AT_ONCE", 3)
-    monkeypatch.setattr("equilibria.data.byte_pair._chunks", lambda text: _chunks(text, 10))
+    assert len(list(pieces(TEXT, 10))) > 10
+    monkeypatch.setattr("equilibria.data.byte_pair.PIECES_AT_ONCE", 3)
+    monkeypatch.setattr("equilibria.data.byte_pair.pieces", lambda text: pieces(text, 10))
     assert TOKENIZER.encode(TEXT) == whole
     assert BytePair.train(TEXT, vocab_size=275).encode(TEXT) == whole
 

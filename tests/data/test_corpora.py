@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from equilibria.data import Corpus, Vocabulary, load_corpus, published_corpus, text_folder
+from equilibria.data import Corpus, TextOptions, Vocabulary, load_corpus, published_corpus, text_corpus
 from equilibria.solution import UserError
 
 WIKI = {"train.txt": "wiki.train.tokens", "valid.txt": "wiki.valid.tokens", "test.txt": "wiki.test.tokens"}
@@ -92,10 +92,10 @@ def test_a_folder_may_be_the_parent(tiny_wikitext_dir: Path, tmp_path: Path) -> 
     )
 
 
-def test_text_folder_is_coded_without_loss(tiny_corpus_dir: Path) -> None:
+def test_a_text_in_three_files_is_coded_without_loss(tiny_corpus_dir: Path) -> None:
     raw = (tiny_corpus_dir / "test.txt").read_bytes().replace(b"\n", b"\r\n")
     (tiny_corpus_dir / "test.txt").write_bytes(raw)
-    corpus = text_folder(tiny_corpus_dir, vocab_size=300)
+    corpus = text_corpus(tiny_corpus_dir, vocab_size=300)
     assert (corpus.name, corpus.tokenizer.kind, corpus.tokenizer.size) == ("text", "byte-pair", 300)
     for split, name in [(corpus.train, "train"), (corpus.valid, "valid"), (corpus.test, "test")]:
         content = (tiny_corpus_dir / f"{name}.txt").read_bytes()
@@ -106,8 +106,8 @@ def test_text_folder_is_coded_without_loss(tiny_corpus_dir: Path) -> None:
 
 
 def test_bits_per_byte_of_a_uniform_guess(tiny_corpus_dir: Path) -> None:
-    """With bytes as tokens, log(256) nats per token are the 8 bits of a byte."""
-    split = text_folder(tiny_corpus_dir, vocab_size=256).test
+    """With bytes as tokens, log(256) nats per token are the 8 bits of a byte; one token more is the end of a text."""
+    split = text_corpus(tiny_corpus_dir, vocab_size=257).test
     assert split.bytes_per_token is not None
     assert math.log(256) / math.log(2) / split.bytes_per_token == 8
 
@@ -115,7 +115,7 @@ def test_bits_per_byte_of_a_uniform_guess(tiny_corpus_dir: Path) -> None:
 def test_load_corpus_by_name(tiny_corpus_dir: Path) -> None:
     corpus = load_corpus("text", tiny_corpus_dir, vocab_size=280)
     assert corpus.tokenizer.size == 280
-    assert torch.equal(corpus.train.tokens, text_folder(tiny_corpus_dir, 280).train.tokens)
+    assert torch.equal(corpus.train.tokens, text_corpus(tiny_corpus_dir, vocab_size=280).train.tokens)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,8 @@ def test_load_corpus_by_name(tiny_corpus_dir: Path) -> None:
             {"name": "wikitext-2"},
             "wikitext-2 is not in .*; fetch it with: equilibria data get wikitext-2, or name with --data-dir",
         ),
-        ({"name": "text"}, "text is read from a folder; name the folder with --data-dir"),
+        ({"name": "text"}, "text is read from a folder or a data set; name the folder with --data-dir"),
+        ({"name": "enwik8", "text": TextOptions(valid_share=0.1)}, "are for the corpus text, not for enwik8"),
         ({"name": "python-docs", "data_dir": "."}, r"installation, not read from \.; leave the data folder out"),
         ({"name": "copy-memory", "data_dir": "."}, r"generated, not read from \.; leave the data folder out"),
         ({"name": "copy-memory", "vocab_size": 300}, "all its symbols; leave the vocabulary size out"),
@@ -142,7 +143,7 @@ def test_load_corpus_refuses(arguments: dict, message: str) -> None:
         load_corpus(**arguments)
 
 
-@pytest.mark.parametrize("name", ["text", "wikitext-2", "penn-treebank"])
+@pytest.mark.parametrize("name", ["wikitext-2", "penn-treebank"])
 def test_a_folder_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"absent does not exist; name a folder that holds .*train") as error:
         load_corpus(name, tmp_path / "absent")
@@ -177,8 +178,6 @@ def test_files_that_are_not_there_are_named_with_where_and_whence(tiny_wikitext_
         published_corpus("wikitext-2", tiny_wikitext_dir)
     with pytest.raises(UserError, match=r"ptb\.train\.txt.*penn-treebank; .*simple-examples"):
         published_corpus("penn-treebank", tmp_path)
-    with pytest.raises(UserError, match=r"train\.txt.*your own text"):
-        text_folder(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
@@ -186,7 +185,7 @@ def test_files_that_are_not_there_are_named_with_where_and_whence(tiny_wikitext_
 def test_an_empty_file_is_named(name: str, content: str, tiny_corpus_dir: Path) -> None:
     (tiny_corpus_dir / f"{name}.txt").write_text(content)
     with pytest.raises(UserError, match=rf"{name}\.txt is empty"):
-        text_folder(tiny_corpus_dir, 280)
+        text_corpus(tiny_corpus_dir, vocab_size=280)
     for file, wiki_name in WIKI.items():
         (tiny_corpus_dir / file).rename(tiny_corpus_dir / wiki_name)
     with pytest.raises(UserError, match=rf"wiki\.{name}\.tokens is empty"):
@@ -196,7 +195,7 @@ def test_an_empty_file_is_named(name: str, content: str, tiny_corpus_dir: Path) 
 def test_a_file_that_is_not_utf8_is_named(tiny_corpus_dir: Path) -> None:
     (tiny_corpus_dir / "valid.txt").write_bytes("one\ntwo\ncaf\xe9\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"line 3 of .*valid\.txt is not UTF-8"):
-        text_folder(tiny_corpus_dir, 280)
+        text_corpus(tiny_corpus_dir, vocab_size=280)
 
 
 def test_a_word_that_train_lacks_is_named(tiny_wikitext_dir: Path) -> None:
@@ -206,8 +205,8 @@ def test_a_word_that_train_lacks_is_named(tiny_wikitext_dir: Path) -> None:
 
 
 def test_too_small_a_vocabulary_is_the_users_error(tiny_corpus_dir: Path) -> None:
-    with pytest.raises(UserError, match="vocab_size is 100; it must be at least 256"):
-        text_folder(tiny_corpus_dir, 100)
+    with pytest.raises(UserError, match="vocab_size is 100; it must be at least 257"):
+        text_corpus(tiny_corpus_dir, vocab_size=100)
 
 
 def test_a_corpus_in_the_cache_needs_no_folder(tiny_wikitext_dir: Path, tmp_path: Path) -> None:
