@@ -1,4 +1,4 @@
-"""Rows of metrics: to metrics.jsonl and to the trackers."""
+"""Rows of metrics: to metrics.jsonl, to the trackers, and past the rules that give advice."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from equilibria.solution import Stats
+from equilibria.train.advice import Advice
+from equilibria.train.adviser import Adviser
 from equilibria.train.config import RunConfig, to_json
-from equilibria.train.run_folder import MetricsLog, RunFolder
+from equilibria.train.run_folder import MetricsLog, RunFolder, read_metrics
 from equilibria.train.state import TrainState
 from equilibria.train.traces import trace_row
 from equilibria.train.trackers import Trackers
@@ -26,6 +28,7 @@ class Recorder:
         self.window = Window()
         self.say: Callable[[str], None] = lambda text: None
         self._trackers = Trackers(config.trackers, folder, project=config.tracker_project, say=lambda text: self.say(text))
+        self._adviser = Adviser(config)
         self._log: MetricsLog | None = None
         self._traces: MetricsLog | None = None
 
@@ -34,6 +37,10 @@ class Recorder:
         self.say = say
         self._log = MetricsLog(self.folder.metrics, step=self.state.step)
         self._traces = MetricsLog(self.folder.traces, step=self.state.step)
+        for row in read_metrics(self.folder.metrics):  # what was said before is not said again
+            self._adviser.see(row)
+        if self.state.step == 0:
+            self._advise(self._adviser.start())
         self._trackers.open(step=self.state.step, config=to_json(self.config))
 
     def sync(self) -> None:
@@ -61,10 +68,16 @@ class Recorder:
         """Write a row, without values that are no numbers."""
         row = {key: value for key, value in row.items() if value is not None and math.isfinite(value)}
         if self._log is not None:
-            self._log.append({"step": self.state.step, "seconds": round(self.state.seconds, 3), **row})
+            stamped = {"step": self.state.step, "seconds": round(self.state.seconds, 3), **row}
+            self._log.append(stamped)
             self._trackers.log(row, self.state.step)
+            self._advise(self._adviser.see(stamped))
 
     def record_trace(self, stats: Stats) -> None:
         """Write a traced solve."""
         if self._traces is not None:
             self._traces.append({"step": self.state.step, "method": self.config.solver.method, **trace_row(stats)})
+
+    def _advise(self, found: list[Advice]) -> None:
+        for advice in found:
+            self.say(f"step {advice.step}  advice: {advice}")
