@@ -56,7 +56,7 @@ def with_solver(**changes: Any) -> RunConfig:
     return dataclasses.replace(PLAIN, solver=dataclasses.replace(PLAIN.solver, **changes))
 
 
-UNDONE = {"forward__unconverged": 0.9, "forward__evaluations": 12.0, "forward__residual": 0.1}
+UNDONE: dict[str, Any] = {"forward__unconverged": 0.9, "forward__evaluations": 12.0, "forward__residual": 0.1}
 FALLING = [5.0 - 0.1 * i for i in range(8)]
 SPEAKS: dict[str, tuple[str, Rows, RunConfig, str]] = {
     # kind, rows, configuration, what the remedy must hold
