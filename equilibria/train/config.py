@@ -121,6 +121,11 @@ class RunConfig:
     """Steps between checkpoints besides those of validations, for runs that are killed; None: at validations alone."""
     keep_checkpoints: int = 3
     """The last so many checkpoints are kept, should the newest be damaged; that of the best validation is kept besides."""
+    on_nonfinite: Literal["stop", "roll-back"] = "stop"
+    """When a loss, a gradient or a solve becomes infinite or NaN: stop, or go back to the last checkpoint and on with the
+    text after the batch where it happened. That batch and its solves are kept under failures/ in the run either way."""
+    max_rollbacks: int = 3
+    """With --on-nonfinite roll-back: times that a run goes back before it stops."""
     log_every: int = 10
     """Steps between rows of metrics."""
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
@@ -143,7 +148,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_positive(self, "twin_depth", "eval_every", "checkpoint_every", "log_every", "eval_batch_size", "threads")
         check_positive(self, "eval_length", "max_eval_steps", "keep_checkpoints")
-        check_not_negative(self, "seed")
+        check_not_negative(self, "seed", "max_rollbacks")
         alone = "none" not in self.trackers or len(self.trackers) == 1
         check(alone, "trackers", " ".join(self.trackers), "none goes with no other")
 

@@ -6,16 +6,20 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from equilibria.data import Corpus
+from equilibria.data.disk import is_full
 from equilibria.solution import NonFiniteError, Stats, UserError
 from equilibria.train import checkpoint
 from equilibria.train.config import RunConfig, to_json
+from equilibria.train.distributed import ALONE
 from equilibria.train.evaluate import Evaluation, evaluate
+from equilibria.train.failure import StepWatch, finite, reason, save_failure
 from equilibria.train.interrupt import Interrupted, StopRequest
 from equilibria.train.memory import PeakMemory
 from equilibria.train.optimizer import make_optimizer
@@ -80,24 +84,32 @@ class Trainer:
         self.reader.memory = memory
         self.recorder = Recorder(folder, config, self.state)
         self.rate.set(self.state.step)
+        self.watch = StepWatch(self._plain_model())
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Train until the last step, the end of the wall-clock budget, or ctrl-C (which raises Interrupted)."""
-        with contextlib.ExitStack() as stack:  # whatever was opened is closed, wherever ctrl-C strikes
+        # Whatever was opened is closed, wherever ctrl-C strikes.
+        with self._full_disk_explained(), contextlib.ExitStack() as stack:
             progress = Progress(self.label, steps=self.last_step, done=self.state.step)
             stack.callback(progress.close)
             stack.callback(self.recorder.close)
             self.recorder.open(progress.note)
             self.model.train()
-            try:
-                self._loop(progress)
-            except Interrupted:
-                self.save()
-                raise
-            except NonFiniteError as error:
-                raise NonFiniteError(self._explain(error), error.solution) from error
+            if self.config.on_nonfinite == "roll-back" and self.saved_step is None:
+                self.save()  # so that there is something to go back to
+            while True:
+                try:
+                    return self._loop(progress)
+                except Interrupted:
+                    self.save()
+                    raise
+                except NonFiniteError as error:
+                    self._keep_failure(error, progress)
+                    if self.config.on_nonfinite == "stop" or self.state.rollbacks >= self.config.max_rollbacks:
+                        raise NonFiniteError(self._explain(error), error.solution) from error
+                    self._roll_back(error, progress)
 
     def _loop(self, progress: Progress) -> None:
         state, config = self.state, self.config
@@ -114,7 +126,9 @@ class Trainer:
             if self._checkpoint_due():
                 self.save()
             self.stop.check()
+            self.watch.begin(state, None if self.reader.at_end else self.reader.memory)
             self._step()
+            self.watch.end()
             state.seconds = earlier_seconds + time.perf_counter() - started
             state.peak_memory = max(earlier_peak, peak.read())
             progress.step(self.recorder.window.status())
@@ -245,7 +259,9 @@ class Trainer:
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write the checkpoint of this step, and the metrics up to it."""
+        """Write the checkpoint of this step, and the metrics up to it; NonFiniteError if there is no going on from it."""
+        if not finite(self.model.parameters()):
+            raise NonFiniteError("the weights became infinite or NaN")
         self.recorder.record_window(self.rate.rate)
         self.recorder.sync()
         save_run(
@@ -275,14 +291,84 @@ class Trainer:
     def _plain_model(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model)
 
-    def _explain(self, error: NonFiniteError) -> str:
-        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".;")  # the rest is for users of the library
-        kept = (
-            f"the last checkpoint is that of step {self.saved_step} in {self.folder.path}, resume with a smaller"
-            if self.saved_step is not None
-            else "nothing was saved yet, start again with a smaller"
+    # -- failures ------------------------------------------------------------------------------------------------
+
+    def _keep_failure(self, error: NonFiniteError, progress: Progress) -> None:
+        """Write what there is to know of the step or validation that failed."""
+        began, model = self.watch.began, self._plain_model()
+        deq: Any = model.deq
+        step = self.state.step + (began is not None)
+        self.recorder.record_window(self.rate.rate)
+        try:
+            save_failure(
+                self.folder.failure(step),
+                self.watch,
+                model,
+                batches=[] if began is None else self.reader.read_since(began),
+                ranks=ALONE,
+                config=self.config,
+                metrics=self.folder.metrics,
+                error=error,
+                checkpoint=self.saved_step,
+                step=step,
+                in_validation=began is None,
+                vocab_size=self.corpus.tokenizer.size,
+                learning_rate=self.rate.rate,
+                depth=self._depth(),
+                jacobian_weight=self.jacobian_weight(self.state.step),
+                max_evals=deq.stopping.max_evals,
+            )
+        except OSError as full:
+            if not is_full(full):
+                raise
+            progress.note(f"the disk is full: {self.folder.failure(step)} could not be written")
+
+    def _roll_back(self, error: NonFiniteError, progress: Progress) -> None:
+        """Go back to the last checkpoint, but on with the text after what was read, where the memory is empty at first."""
+        left = self.state
+        self.recorder.close()
+        self.optimizer.zero_grad()
+        self._restore()
+        self.state.rollbacks = left.rollbacks + 1
+        self.state.epoch, self.state.segment = left.epoch, left.segment
+        self.state.seconds, self.state.peak_memory = left.seconds, left.peak_memory
+        self.reader.state, self.reader.memory = self.state, None
+        self.recorder.state = self.state
+        self.recorder.window.clear()
+        self.recorder.open(progress.note)
+        self.rate.set(self.state.step)
+        progress.back_to(self.state.step)
+        failed = left.step + (self.watch.began is not None)
+        progress.note(
+            f"step {failed}: {reason(error)}; back to the checkpoint of step {self.state.step} "
+            f"(roll-back {self.state.rollbacks} of {self.config.max_rollbacks}), and on with the text after that batch, "
+            f"with an empty memory; see {self.folder.failure(failed)}"
         )
-        return f"step {self.state.step + 1}: {reason}; {kept} --lr, a smaller --clip or a larger --warmup-steps"
+        self.watch.end()
+
+    def _explain(self, error: NonFiniteError) -> str:
+        step = self.state.step + (self.watch.began is not None)
+        after = f" after {self.state.rollbacks} roll-backs" if self.state.rollbacks else ""
+        return (
+            f"step {step}: {reason(error)}{after}; {self._kept()} with a smaller --lr, a smaller --clip or a larger "
+            f"--warmup-steps; the batch is in {self.folder.failure(step)}"
+        )
+
+    @contextlib.contextmanager
+    def _full_disk_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not is_full(error):
+                raise
+            where = "" if error.filename is None else f" of {error.filename}"
+            reason = f"step {self.state.step}: no room on the disk{where} ({error.strerror}); free some space"
+            raise UserError(f"{reason}; {self._kept()} by adding --resume") from error
+
+    def _kept(self) -> str:
+        if self.saved_step is None:
+            return "nothing was saved yet, start again"
+        return f"the last checkpoint is that of step {self.saved_step} in {self.folder.path}, resume"
 
 
 def _finite(value: Tensor | float | None, what: str) -> float:

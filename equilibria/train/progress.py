@@ -38,6 +38,14 @@ class Progress:
             left = tqdm.format_interval(int(per_step * (self._steps - self._done)))
             self.note(f"step {self._done}/{self._steps}  {values}  {left} left")
 
+    def back_to(self, step: int) -> None:
+        """Fewer steps are done than was thought."""
+        self._done = self._first = step
+        self._started = time.monotonic()
+        if self._bar is not None:
+            self._bar.n = step
+            self._bar.refresh()
+
     def note(self, text: str) -> None:
         """Print a line that stays."""
         line = f"{self._label}  {text}"

@@ -36,6 +36,19 @@ class Reader:
         self.state, self.memory = state, None
         self._all, self.batches = batches, batches.at_epoch(state.epoch)
 
+    def read_since(self, start: TrainState) -> list[tuple[Tensor, Tensor]]:
+        """The whole batches read since an earlier state: inputs and targets (B, L) of each."""
+        found, place = [], (start.epoch, start.segment)
+        while place != (self.state.epoch, self.state.segment):
+            epoch, segment = place
+            batches = self._all.at_epoch(epoch)
+            if segment == len(batches):
+                place = (epoch + 1, 0)
+            else:
+                found.append(batches[segment])
+                place = (epoch, segment + 1)
+        return found
+
     @property
     def at_end(self) -> bool:
         """Whether the last batch of an epoch was read."""

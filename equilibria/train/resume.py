@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,7 @@ def save_run(
     All processes of a job call it, and the first writes: the memory of all rows in order, and each one's random state.
     """
     weights, optimizer_items = whole_weights(model, ranks), whole_optimizer(model, optimizer, ranks)
-    position: dict[str, Tensor] = {}
-    for rank, states in enumerate(ranks.gather(checkpoint.random_state())):
-        position |= {f"random/{rank}/{name}": tensor for name, tensor in states.items()}
-    for name, rows in ({} if memory is None else memory._asdict()).items():
-        position[f"memory/{name}"] = ranks.gather_rows(rows)
+    position = gather_position(memory, checkpoint.random_state(), ranks)
     if not ranks.is_main:
         return
     values = {
@@ -99,7 +96,7 @@ def restore_run(
     random = {name.removeprefix(mine): tensor for name, tensor in position.items() if name.startswith(mine)}
     if random:  # else this process had no part in the run so far, and keeps its own
         checkpoint.set_random_state(random)
-    return Resumed(state=state, cuts=cuts, memory=_memory(position, model, device, ranks))
+    return Resumed(state=state, cuts=cuts, memory=memory_of(position, model, device, ranks))
 
 
 def _values(folder: Path, fingerprint: str) -> tuple[TrainState, Cuts]:
@@ -114,8 +111,20 @@ def _values(folder: Path, fingerprint: str) -> tuple[TrainState, Cuts]:
     return state, cuts
 
 
-def _memory(position: dict[str, Tensor], model: nn.Module, device: torch.device, ranks: Ranks) -> Any:
-    """The memory of the rows of this process, of the model's own class."""
+def gather_position(memory: Any, random: Mapping[str, Tensor], ranks: Ranks = ALONE) -> dict[str, Tensor]:
+    """The memory of all rows in order and each process's random state, as tensors by name; all processes must call it."""
+    position: dict[str, Tensor] = {}
+    for rank, states in enumerate(ranks.gather(dict(random))):
+        position |= {f"random/{rank}/{name}": tensor for name, tensor in states.items()}
+    for name, rows in ({} if memory is None else memory._asdict()).items():
+        position[f"memory/{name}"] = ranks.gather_rows(rows)
+    return position
+
+
+def memory_of(
+    position: Mapping[str, Tensor], model: nn.Module, device: torch.device | str = "cpu", ranks: Ranks = ALONE
+) -> Any:
+    """The memory in a position, the rows of this process, of the model's own class; None where there is none."""
     tensors = {
         name.removeprefix("memory/"): tensor[ranks.rows(len(tensor))].to(device, copy=True)
         for name, tensor in position.items()

@@ -57,6 +57,10 @@ class RunFolder:
         """Folder of the steps whose loss was not finite."""
         return self.path / "failures"
 
+    def failure(self, step: int) -> Path:
+        """Folder of one of them (see `equilibria.train.failure`)."""
+        return self.failures / f"step-{step:08d}"
+
     @property
     def weights(self) -> Path:
         """Folder of the weights to use, undamaged: the best, or the last where none was found best.

@@ -31,6 +31,8 @@ class TrainState:
     """Step that reached it."""
     peak_memory: int = 0
     """Bytes (see `PeakMemory`)."""
+    rollbacks: int = 0
+    """Times that the run went back to a checkpoint because a loss was not finite."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainState:
