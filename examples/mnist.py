@@ -151,7 +151,18 @@ def main(
     folder: Path | None = None, train_images: int = 60_000, test_images: int = 10_000, epochs: int = 3, batch: int = 100,
     channels: int = 24, depth: int = 10, seed: int = 0,
 ) -> dict[str, Outcome]:  # fmt: skip
-    """Train the equilibrium, then its twin of `depth` layers, on the same images in the same order."""
+    """Train the equilibrium, then its twin, on the same images in the same order.
+
+    Args:
+        folder: with the files of MNIST; without it, digits are drawn.
+        train_images: how many, at most.
+        test_images: how many, at most.
+        epochs: of training.
+        batch: images in a step.
+        channels: of the state, a multiple of 4.
+        depth: of the twin.
+        seed: of everything random.
+    """
     torch.manual_seed(seed)
     if folder is None:
         learn, check = draw(train_images), draw(test_images)

@@ -57,7 +57,6 @@ def test_real_digits(example: Callable[[str], Any], shared_data: Path) -> None:
 def test_larger_mazes_are_solved_by_iterating_longer(example: Callable[[str], Any]) -> None:
     rows = example("looped_reasoning").main(steps=500, largest=5, test_sizes=(5, 8), budgets=(4, 16, 128), count=50)
     for row in rows.values():
-        assert row.cells == sorted(row.cells)
         assert row.solved == sorted(row.solved)
     assert rows[8].solved[0] < 0.3
     assert rows[8].solved[-1] > 0.8
