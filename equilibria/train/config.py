@@ -140,10 +140,13 @@ class RunConfig:
     """Segments that a validation reads at most; None: the whole split."""
     precision: Literal["no", "bf16"] = "no"
     """bf16: mixed precision."""
+    parallel: Literal["ddp", "fsdp"] | None = None
+    """With several processes. ddp: each holds the whole model; fsdp: each holds a share of its weights, gradients and
+    optimizer (FSDP2). None: what `accelerate launch` was told, else ddp."""
     seed: int = 0
     """Seed of the initial weights, of dropout and of the sample."""
     threads: int | None = None
-    """CPU threads; None: PyTorch's choice."""
+    """CPU threads of each process; None: PyTorch's choice, or its share of the cores where a machine runs several."""
 
     def __post_init__(self) -> None:
         check_positive(self, "twin_depth", "eval_every", "checkpoint_every", "log_every", "eval_batch_size", "threads")

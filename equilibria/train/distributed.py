@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -49,17 +49,17 @@ class Ranks:
 
     # -- what all of them must call ------------------------------------------------------------------------------
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """The sums over all processes, one by one."""
+    def sum(self, values: Tensor) -> Tensor:
+        """The sums over all processes, entry by entry, of a float64 tensor on the CPU."""
         if self.count == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+            return values
+        total = values.to(self.device, copy=True)
         dist.all_reduce(total)
-        return total.tolist()
+        return total.cpu()
 
     def any(self, condition: bool) -> bool:
         """Whether the condition holds on some process."""
-        return self.sum([float(condition)])[0] > 0
+        return bool(self.sum(torch.tensor([condition], dtype=torch.float64)) > 0)
 
     def gather_rows(self, tensor: Tensor) -> Tensor:
         """The rows of all processes, in order, on the first; its own elsewhere. Each must have equally many."""

@@ -12,6 +12,9 @@ import torch
 from torch import nn
 
 from equilibria.data import Split
+from equilibria.solution import NonFiniteError
+from equilibria.train.distributed import ALONE, Ranks
+from equilibria.train.reading import rows_of
 from equilibria.train.solves import SolveMeter
 
 
@@ -53,32 +56,45 @@ def evaluate(
     depth: int | None = None,
     max_steps: int | None = None,
     on_segment: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Read a split in `batch_size` lanes of `length` tokens a segment, with the memory carried all the way.
 
     Independent sequences are read `batch_size` at a time, each from an empty memory. Every batch counts as much as it has
     targets. Of a text, the few tokens that do not fill the lanes, and each lane's first, are not predicted; bits per byte
     count them at the mean of the others. `depth` evaluates the explicit stack of that many blocks; `max_steps` reads the
-    first so many segments alone. `on_segment` is called after each segment and may raise to stop.
+    first so many segments alone. `on_segment` is called after each segment and may raise to stop. Processes share the lanes
+    and get the same result: that of one process, but for rounding and for `evaluations`, a mean over solves of fewer lanes.
     """
     batches = split.batches(max(1, min(batch_size, split.max_batch_size)), length, device)
-    meter = SolveMeter()
+    meter, fault = SolveMeter(), None
     total, count, memory = 0.0, 0, None
     training = model.training
     model.eval()
     started = time.perf_counter()
     try:
         for index in range(len(batches) if max_steps is None else min(max_steps, len(batches))):
-            tokens, targets = batches[index]
-            output = model(tokens, targets, memory, depth=depth)
-            memory = output.memory if batches.carries_memory else None
-            total += output.nll.sum().item()
-            count += targets.numel()
-            for stats in output.stats:
-                meter(stats)
+            rows = rows_of(batches[index], ranks)
+            count += rows.size
+            try:
+                output = model(rows.tokens, rows.targets, memory, depth=depth) if fault is None else None
+            except NonFiniteError as error:
+                if ranks.count == 1:
+                    raise
+                fault, output = error, None  # the others, who know nothing of it, are met once more at the end
+            if output is not None:
+                memory = output.memory if batches.carries_memory else None
+                if rows.share > 0:
+                    total += output.nll.sum().item()
+                    for stats in output.stats:
+                        meter(stats)
             on_segment()
     finally:
         model.train(training)
+    sums = torch.tensor([math.nan if fault else total, *meter.sums], dtype=torch.float64)
+    total, *meter.sums = ranks.sum(sums).tolist()
+    if fault is not None:
+        raise fault
     nll = total / count
     means = meter.means()
     return Evaluation(

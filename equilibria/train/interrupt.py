@@ -7,6 +7,8 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
+from equilibria.train.distributed import Ranks
+
 
 class Interrupted(Exception):
     """The user asked to stop, and everything worth keeping has been saved."""
@@ -40,3 +42,30 @@ class StopRequest:
         self.requested = True
         # Not print: its buffer may be in use by the very code that the signal interrupted.
         os.write(2, b"\nstopping after this step; ctrl-C again aborts\n")
+
+
+class StopTogether:
+    """A request that any process of a job may have got, on which all of them act at the same moment."""
+
+    every = 8
+    """Processes ask each other at every so many checks, since that has them wait for the slowest."""
+
+    def __init__(self, stop: StopRequest, ranks: Ranks) -> None:
+        self.stop, self.ranks = stop, ranks
+        self.agreed = False
+        self._checks = 0
+
+    def check(self) -> None:
+        """Raise Interrupted on all processes if a stop was requested of one; all must call it equally often."""
+        if self.ranks.count > 1:
+            self._checks += 1
+            if self._checks % self.every == 0:
+                self.agreed = self.ranks.any(self.stop.requested)
+        self.check_agreed()
+
+    def check_agreed(self) -> None:
+        """The same without asking again: `agreed` is what the processes know of each other already."""
+        if self.ranks.count == 1:
+            self.stop.check()
+        elif self.agreed:
+            raise Interrupted

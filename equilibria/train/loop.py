@@ -6,23 +6,24 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from accelerate import Accelerator
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from equilibria.data import Corpus
 from equilibria.data.disk import is_full
 from equilibria.solution import NonFiniteError, Stats, UserError
 from equilibria.train import checkpoint
+from equilibria.train.checks import check
 from equilibria.train.config import RunConfig, to_json
-from equilibria.train.distributed import ALONE
+from equilibria.train.distributed import ALONE, Ranks
 from equilibria.train.evaluate import Evaluation, evaluate
 from equilibria.train.failure import StepWatch, finite, reason, save_failure
-from equilibria.train.interrupt import Interrupted, StopRequest
+from equilibria.train.interrupt import Interrupted, StopRequest, StopTogether
 from equilibria.train.memory import PeakMemory
-from equilibria.train.optimizer import make_optimizer
+from equilibria.train.parallel import make_accelerator, prepare
 from equilibria.train.progress import Progress
 from equilibria.train.reading import Reader
 from equilibria.train.recorder import Recorder
@@ -31,6 +32,7 @@ from equilibria.train.run_folder import RunFolder
 from equilibria.train.schedule import LearningRate
 from equilibria.train.solves import jacobian_schedule, step_budget, trace_stopping
 from equilibria.train.state import TrainState
+from equilibria.train.step import Gradient
 from equilibria.train.traces import trace_solve
 from equilibria.train.whole import whole_weights
 
@@ -58,33 +60,34 @@ class Trainer:
         stop: StopRequest,
         last_step: int | None = None,
         label: str = "train",
+        ranks: Ranks = ALONE,
     ) -> None:
         self.corpus, self.config, self.folder, self.stop, self.label = corpus, config, folder, stop, label
+        self.ranks, self.stop_together = ranks, StopTogether(stop, ranks)
         optim = config.optim
         self.last_step = optim.steps if last_step is None else last_step
-        self.accelerator = Accelerator(
-            mixed_precision=config.precision,
-            gradient_accumulation_steps=optim.accumulate,
-            step_scheduler_with_optimizer=False,
-        )
-        if self.accelerator.num_processes > 1:
-            raise UserError("training runs in one process so far; start it without `accelerate launch` or `torchrun`")
-        self.plain_optimizer = make_optimizer(model, optim)
-        self.model, self.optimizer = self.accelerator.prepare(model, self.plain_optimizer)
+        equal = f"{ranks.count} processes cannot share it equally; give a multiple of {ranks.count}"
+        check(optim.batch_size % ranks.count == 0, "batch_size", optim.batch_size, equal)
+        self.accelerator = make_accelerator(config, ranks)
+        self.model, self.optimizer = prepare(self.accelerator, model, optim)
+        self.gradient = Gradient(self.model, self.accelerator, ranks)
+        if ranks.rank > 0:  # the first goes on from the seed as one process would; what follows is dropout alone
+            torch.manual_seed(hash((config.seed, ranks.rank)) % 2**63)
         self.state = TrainState()
-        self.rate = LearningRate(self.plain_optimizer, optim)
+        self.rate = LearningRate(self.optimizer, optim)
         self.jacobian_weight = jacobian_schedule(config.solver, config.optim.pretrain_steps, config.seed)
         self.saved_step: int | None = None
-        memory = self._restore() if folder.has_checkpoint() else None
+        memory = self._restore() if ranks.from_main(folder.has_checkpoint) else None
         device = self.accelerator.device
         batches = corpus.train.batches(
             optim.batch_size, optim.length, device, seed=config.seed, variable_length=optim.variable_length
         )
-        self.reader = Reader(batches, self.state)
+        self.reader = Reader(batches, self.state, ranks)
         self.reader.memory = memory
-        self.recorder = Recorder(folder, config, self.state)
+        self.recorder = Recorder(folder, config, self.state, ranks)
         self.rate.set(self.state.step)
         self.watch = StepWatch(self._plain_model())
+        self._clock: Callable[[], float] = lambda: self.state.seconds  # time of the run so far
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -92,7 +95,7 @@ class Trainer:
         """Train until the last step, the end of the wall-clock budget, or ctrl-C (which raises Interrupted)."""
         # Whatever was opened is closed, wherever ctrl-C strikes.
         with self._full_disk_explained(), contextlib.ExitStack() as stack:
-            progress = Progress(self.label, steps=self.last_step, done=self.state.step)
+            progress = Progress(self.label, steps=self.last_step, done=self.state.step, shown=self.ranks.is_main)
             stack.callback(progress.close)
             stack.callback(self.recorder.close)
             self.recorder.open(progress.note)
@@ -115,6 +118,7 @@ class Trainer:
         state, config = self.state, self.config
         peak = PeakMemory(self.accelerator.device)
         earlier_seconds, earlier_peak, started = state.seconds, state.peak_memory, time.perf_counter()
+        self._clock = lambda: earlier_seconds + time.perf_counter() - started
         while True:
             done = state.step >= self.last_step or self._out_of_time()
             # A validation that ctrl-C cuts short is not marked as done, so a resumed run begins with it.
@@ -125,11 +129,10 @@ class Trainer:
                 return
             if self._checkpoint_due():
                 self.save()
-            self.stop.check()
+            self.stop_together.check_agreed()
             self.watch.begin(state, None if self.reader.at_end else self.reader.memory)
             self._step()
             self.watch.end()
-            state.seconds = earlier_seconds + time.perf_counter() - started
             state.peak_memory = max(earlier_peak, peak.read())
             progress.step(self.recorder.window.status())
             if state.step % config.log_every == 0:
@@ -137,43 +140,34 @@ class Trainer:
 
     def _step(self) -> None:
         """One optimizer step, on `accumulate` consecutive segments."""
-        started, norm = time.perf_counter(), 0.0
+        started = time.perf_counter()
         state, config = self.state, self.config
         depth, weight = self._depth(), self.jacobian_weight(state.step)
         if config.solver.max_evals_delta:
             deq: Any = self._plain_model().deq
             deq.stopping = dataclasses.replace(deq.stopping, max_evals=step_budget(config.solver, config.seed, state.step))
-        for _ in range(config.optim.accumulate):
-            tokens, targets = self.reader.next()  # (B, L) each
-            with self.accelerator.accumulate(self.model):
-                self._backward(tokens, targets, depth, weight)
-                if self.accelerator.sync_gradients:
-                    before = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optim.clip)
-                    norm = _finite(before, "the gradient")
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            state.tokens += targets.numel()
+        count = config.optim.accumulate
+        for index in range(count):
+            self._backward(depth, weight, of=count, last=index == count - 1)
+        agreed = self.gradient.agree(config.optim.clip, stop=self.stop.requested, seconds=self._clock())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.stop_together.agreed, state.seconds = agreed.stop, agreed.seconds
         state.step += 1
         self.rate.cuts.epochs_over(self.reader.epochs, config.optim)
         self.rate.set(state.step)
-        seconds = time.perf_counter() - started
-        self.recorder.window.step(gradient_norm=norm, clip=config.optim.clip, seconds=seconds)
-        state.train_seconds += seconds
+        taken = time.perf_counter() - started
+        self.recorder.window.step(gradient_norm=agreed.norm, clip=config.optim.clip, seconds=taken)
+        state.train_seconds += taken
 
-    def _backward(self, tokens: Tensor, targets: Tensor, depth: int | None, weight: float) -> None:
-        """Add the gradient of the mean loss of a batch, in `batch_chunk` parts, each with its share of the mean."""
-        mean, memories, solves = 0.0, [], []
-        for part in self.reader.parts(tokens, targets, self.config.optim.batch_chunk):
-            output = self.model(part.tokens, part.targets, part.memory, depth=depth, jacobian=weight > 0)
-            loss = part.share * output.nll.mean()
-            mean += _finite(loss, "the loss")
-            if output.jacobian is not None:
-                loss = loss + part.share * weight * output.jacobian
-            self.accelerator.backward(loss)
-            memories.append(output.memory)
-            solves += output.stats
-        self.reader.remember(memories)
-        self.recorder.window.add(mean, targets.numel(), solves)
+    def _backward(self, depth: int | None, weight: float, *, of: int, last: bool) -> None:
+        """Add the gradient of the next segment, in `batch_chunk` parts."""
+        rows = self.reader.next()
+        parts = list(self.reader.parts(rows, self.config.optim.batch_chunk))
+        segment = self.gradient.add(parts, depth=depth, jacobian=weight, of=of, last=last)
+        self.reader.remember(segment.memories)
+        self.recorder.window.add(segment.loss, round(rows.share * rows.size), segment.solves)
+        self.state.tokens += rows.size
 
     def _depth(self) -> int | None:
         """Blocks of the explicit stack during the warm-up phase; None afterwards."""
@@ -224,7 +218,9 @@ class Trainer:
         if not warming_up and (state.best_nll is None or result.nll < state.best_nll):
             state.best_nll, state.best_step = result.nll, state.step
             about = {"step": state.step, "config": to_json(self.config)}
-            checkpoint.save_checkpoint(self.folder.best, about, model=whole_weights(self._plain_model()))
+            weights = whole_weights(self._plain_model(), self.ranks)
+            if self.ranks.is_main:
+                checkpoint.save_checkpoint(self.folder.best, about, model=weights)
         coded = f"loss {result.nll:.3g}, "
         if result.bits_per_byte is not None:
             coded = f"{result.bits_per_byte:.3f} bits per byte, "
@@ -241,7 +237,8 @@ class Trainer:
             device=self.accelerator.device,
             depth=depth,
             max_steps=config.max_eval_steps,
-            on_segment=self.stop.check,
+            on_segment=self.stop_together.check,
+            ranks=self.ranks,
         )
 
     def _trace(self) -> Stats:
@@ -260,7 +257,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint of this step, and the metrics up to it; NonFiniteError if there is no going on from it."""
-        if not finite(self.model.parameters()):
+        if self.ranks.any(not finite(self.model.parameters())):
             raise NonFiniteError("the weights became infinite or NaN")
         self.recorder.record_window(self.rate.rate)
         self.recorder.sync()
@@ -268,11 +265,12 @@ class Trainer:
             self.folder.checkpoints,
             self.config,
             self._plain_model(),
-            self.plain_optimizer,
+            self.optimizer,
             state=self.state,
             cuts=self.rate.cuts,
             memory=self.reader.memory,
             fingerprint=self.corpus.fingerprint,
+            ranks=self.ranks,
         )
         self.saved_step = self.state.step
 
@@ -281,9 +279,10 @@ class Trainer:
         resumed = restore_run(
             self.folder.checkpoints,
             self._plain_model(),
-            self.plain_optimizer,
+            self.optimizer,
             fingerprint=self.corpus.fingerprint,
             device=self.accelerator.device,
+            ranks=self.ranks,
         )
         self.state, self.rate.cuts, self.saved_step = resumed.state, resumed.cuts, resumed.state.step
         return resumed.memory
@@ -305,7 +304,7 @@ class Trainer:
                 self.watch,
                 model,
                 batches=[] if began is None else self.reader.read_since(began),
-                ranks=ALONE,
+                ranks=self.ranks,
                 config=self.config,
                 metrics=self.folder.metrics,
                 error=error,
@@ -371,9 +370,8 @@ class Trainer:
         return f"the last checkpoint is that of step {self.saved_step} in {self.folder.path}, resume"
 
 
-def _finite(value: Tensor | float | None, what: str) -> float:
-    """The value as a number; NonFiniteError if it is none."""
-    number = value.item() if isinstance(value, Tensor) else value or 0.0
+def _finite(number: float, what: str) -> float:
+    """The number; NonFiniteError if it is none."""
     if not math.isfinite(number):
         raise NonFiniteError(f"{what} became infinite or NaN")
     return number

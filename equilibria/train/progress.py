@@ -14,15 +14,17 @@ class Progress:
     """Shows the step, a few values, the speed and the time left.
 
     A bar redraws itself in place. In a log file that would be one long line of rubbish, so there a plain line is
-    written twice a minute instead.
+    written twice a minute instead. Of several processes one shows it.
     """
 
-    def __init__(self, label: str, *, steps: int, done: int = 0, line_every: float = LINE_EVERY) -> None:
+    def __init__(
+        self, label: str, *, steps: int, done: int = 0, line_every: float = LINE_EVERY, shown: bool = True
+    ) -> None:
         self._label, self._steps, self._done = label, steps, done
         self._first, self._started = done, time.monotonic()
         self._line_every, self._last_line = line_every, time.monotonic()
-        self._bar = None
-        if sys.stderr.isatty():
+        self._shown, self._bar = shown, None
+        if shown and sys.stderr.isatty():
             layout = "{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
             self._bar = tqdm(desc=label, total=steps, initial=done, bar_format=layout, dynamic_ncols=True, file=sys.stderr)
 
@@ -49,6 +51,8 @@ class Progress:
     def note(self, text: str) -> None:
         """Print a line that stays."""
         line = f"{self._label}  {text}"
+        if not self._shown:
+            return
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
         else:

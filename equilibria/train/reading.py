@@ -9,7 +9,33 @@ import torch
 from torch import Tensor
 
 from equilibria.data import Batches
+from equilibria.train.distributed import ALONE, Ranks
 from equilibria.train.state import TrainState
+
+
+class Rows(NamedTuple):
+    """The rows of a batch that one process reads."""
+
+    tokens: Tensor
+    """(b, L)"""
+    targets: Tensor
+    """(b, L)"""
+    share: float
+    """Of the rows of the whole batch."""
+    size: int
+    """Targets of the whole batch."""
+
+
+def rows_of(batch: tuple[Tensor, Tensor], ranks: Ranks) -> Rows:
+    """The rows of this process. Where there are fewer rows than processes it may have none, and gets the first row with a
+    share of 0: every process must take part in what they do together, such as adding up their gradients.
+    """
+    tokens, targets = batch
+    chosen, whole = ranks.rows(len(tokens)), len(tokens)
+    share = (chosen.stop - chosen.start) / whole
+    if share == 0:
+        chosen = slice(0, 1)
+    return Rows(tokens[chosen], targets[chosen], share, targets.numel())
 
 
 class Part(NamedTuple):
@@ -22,18 +48,18 @@ class Part(NamedTuple):
     memory: Any
     """What the batch before left for these rows; None at the start of a text."""
     share: float
-    """Of the targets of the batch."""
+    """Of the targets of the whole batch; 0 for a row that stands in where a process has none of its own."""
 
 
 class Reader:
-    """The place in the training split, which `state` holds, and the memory there.
+    """The place in the training split, which `state` holds, and the memory there of the rows that this process reads.
 
     Batches that carry no memory, those of independent sequences, are read with None each time; so is the first batch of
     an epoch. A memory is a NamedTuple of batch-first tensors, whatever its class.
     """
 
-    def __init__(self, batches: Batches, state: TrainState) -> None:
-        self.state, self.memory = state, None
+    def __init__(self, batches: Batches, state: TrainState, ranks: Ranks = ALONE) -> None:
+        self.state, self.memory, self.ranks = state, None, ranks
         self._all, self.batches = batches, batches.at_epoch(state.epoch)
 
     def read_since(self, start: TrainState) -> list[tuple[Tensor, Tensor]]:
@@ -63,25 +89,23 @@ class Reader:
         """Whole readings of the split so far."""
         return self.state.epoch + self.at_end
 
-    def next(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (B, L) of the next batch; `memory` is then what to read them with."""
+    def next(self) -> Rows:
+        """This process's rows of the next batch; `memory` is then what to read them with."""
         state = self.state
         if self.at_end:
             state.epoch, state.segment, self.memory = state.epoch + 1, 0, None
             self.batches = self._all.at_epoch(state.epoch)
         batch = self.batches[state.segment]
         state.segment += 1
-        return batch
+        return rows_of(batch, self.ranks)
 
-    def parts(self, tokens: Tensor, targets: Tensor, count: int) -> Iterator[Part]:
-        """The rows of the batch in at most `count` parts of nearly equal size, each with the memory of its rows."""
-        rows = len(tokens)
-        sizes = [len(part) for part in tokens.chunk(count)]
+    def parts(self, rows: Rows, count: int) -> Iterator[Part]:
+        """The rows in at most `count` parts of nearly equal size, each with its memory."""
         start = 0
-        for size in sizes:
+        for size in [len(part) for part in rows.tokens.chunk(count)]:
             chosen = slice(start, start + size)
             memory = None if self.memory is None else type(self.memory)(*(each[chosen] for each in self.memory))
-            yield Part(tokens[chosen], targets[chosen], memory, size / rows)
+            yield Part(rows.tokens[chosen], rows.targets[chosen], memory, rows.share * size / len(rows.tokens))
             start += size
 
     def remember(self, memories: Sequence[Any]) -> None:

@@ -10,6 +10,7 @@ from equilibria.solution import Stats
 from equilibria.train.advice import Advice
 from equilibria.train.adviser import Adviser
 from equilibria.train.config import RunConfig, to_json
+from equilibria.train.distributed import ALONE, Ranks
 from equilibria.train.run_folder import MetricsLog, RunFolder, read_metrics
 from equilibria.train.state import TrainState
 from equilibria.train.traces import trace_row
@@ -23,8 +24,8 @@ class Recorder:
     While not open it drops what it is given.
     """
 
-    def __init__(self, folder: RunFolder, config: RunConfig, state: TrainState) -> None:
-        self.folder, self.config, self.state = folder, config, state
+    def __init__(self, folder: RunFolder, config: RunConfig, state: TrainState, ranks: Ranks = ALONE) -> None:
+        self.folder, self.config, self.state, self.ranks = folder, config, state, ranks
         self.window = Window()
         self.say: Callable[[str], None] = lambda text: None
         self._trackers = Trackers(config.trackers, folder, project=config.tracker_project, say=lambda text: self.say(text))
@@ -35,6 +36,8 @@ class Recorder:
     def open(self, say: Callable[[str], None]) -> None:
         """Continue the files and the trackers, without the rows after the present step; `say` prints a line."""
         self.say = say
+        if not self.ranks.is_main:
+            return
         self._log = MetricsLog(self.folder.metrics, step=self.state.step)
         self._traces = MetricsLog(self.folder.traces, step=self.state.step)
         for row in read_metrics(self.folder.metrics):  # what was said before is not said again
@@ -58,10 +61,10 @@ class Recorder:
         self._log = self._traces = None
 
     def record_window(self, rate: float) -> None:
-        """Write the row of the steps since the last one; `rate` is the learning rate of the next."""
+        """Write the row of the steps since the last one, of all processes; `rate` is the learning rate of the next."""
         if self.window.segments:
             totals = {"train/tokens": self.state.tokens, "train/memory_bytes": self.state.peak_memory}
-            self.record({**self.window.row(), "train/learning_rate": rate, **totals})
+            self.record({**self.window.row(self.ranks.sum(self.window.sums())), "train/learning_rate": rate, **totals})
             self.window.clear()
 
     def record(self, row: dict[str, Any]) -> None:

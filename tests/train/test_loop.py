@@ -173,7 +173,7 @@ def test_accumulated_step_is_the_step_on_the_mean_loss(make: Make, corpus: Corpu
 def test_gradient_is_clipped(make: Make):
     trainer = make(with_optim(clip=1e-3))
     norms: list[float] = []
-    trainer.plain_optimizer.register_step_pre_hook(
+    trainer.optimizer.register_step_pre_hook(
         lambda *_: norms.append(
             float(nn.utils.get_total_norm(p.grad for p in trainer.model.parameters() if p.grad is not None))
         )

@@ -109,7 +109,7 @@ class StopAtStep(StopRequest):
         self.left = steps
 
     def check(self) -> None:
-        if sys._getframe(1).f_code.co_name == "_loop":
+        if sys._getframe(2).f_code.co_name == "_loop":
             self.left -= 1
             self.requested = self.left < 0
             super().check()
