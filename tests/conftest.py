@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import random
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+from generated import generated_text
 
 # Before any fork: the tokenizers library warns when a process forks after it has used its threads.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -52,19 +52,3 @@ def tiny_corpus_dir(tmp_path: Path) -> Path:
     for seed, (name, size) in enumerate({"train": 8000, "valid": 2000, "test": 2000}.items()):
         (folder / f"{name}.txt").write_text(generated_text(seed, size), encoding="utf-8", newline="\n")
     return folder
-
-
-def generated_text(seed: int, size: int) -> str:
-    """About `size` characters of paragraphs, one sentence a line and an empty line after each paragraph."""
-    draw = random.Random(seed)
-    verbs = {"cat": "sleeps", "dog": "barks", "bird": "sings", "child": "laughs", "river": "flows", "Zoë": "reads"}
-    qualities = ["old", "small", "quiet", "happy", "grey"]
-    text = ""
-    while len(text) < size:
-        place = draw.choice(["the garden", "the kitchen", "the village", "the harbour"])
-        text += f"In {place}.\n"
-        for _ in range(draw.randint(2, 6)):
-            subject = draw.choice(list(verbs))
-            text += f"The {draw.choice(qualities)} {subject} {verbs[subject]} in {place}.\n"
-        text += "\n"
-    return text

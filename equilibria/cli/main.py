@@ -19,7 +19,7 @@ commands
   train RECIPE       train a model; writes everything into a run folder
   eval RUN           measure how well the model of a run predicts text
   generate RUN       continue a text with the model of a run
-  data               list, fetch and check data sets
+  data               list, fetch and check data sets; show a text before training on it
   convert FILE RUN   turn a checkpoint of the code of Bai, Kolter & Koltun into a run
 
   equilibria train quickstart                            a few minutes on a laptop, no files needed

@@ -63,11 +63,11 @@ class Carving:
             return
         together = None if self.few is None else self._cutter(self.few)
         for document in documents:
+            if is_empty(document):
+                continue
             if is_long(document):
                 size = document.size() if isinstance(document, LongText) else len(document.encode())
                 yield from self._cutter(size).parts(document)
-            elif is_empty(document):
-                continue
             elif together is not None:
                 yield from together.parts(document)
             else:
@@ -93,7 +93,7 @@ def whole(document: Document, split: int) -> Iterator[Part]:
 
 def is_empty(document: Document) -> bool:
     """Whether there is but white space."""
-    return isinstance(document, str) and not document.strip()
+    return isinstance(document, str) and (not document or document.isspace())
 
 
 def pieces(document: Document, size: int = PIECE, longest: int = LONGEST_PIECE) -> Iterator[str]:

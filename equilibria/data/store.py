@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -89,9 +90,11 @@ def _archive(data_set: DataSet, note: Note) -> Path:
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(cache_folder()).free
             note(f"{free:,} bytes are free in {cache_folder()}")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space (equilibria data clear shows what may go), or set" if full else "set"
         raise UserError(
-            f"cannot write {path} ({error.strerror}); free some space, or set the environment variable EQUILIBRIA_CACHE "
-            "to another folder"
+            f"cannot write {path} ({error.strerror}); {remedy} the environment variable EQUILIBRIA_CACHE to a folder that "
+            "can be written to"
         ) from None
     return path
 

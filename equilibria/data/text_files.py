@@ -107,7 +107,7 @@ def _walk(folder: Path) -> tuple[list[Path], int]:
 
 def _natural(name: str) -> tuple[list[tuple[str, int]], str]:
     """What to sort a name by: numbers count as numbers."""
-    return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)], name
+    return [(text.casefold(), int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)], name
 
 
 def _by_name(folder: Path, found: list[Path]) -> list[list[Path]]:

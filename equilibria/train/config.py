@@ -64,8 +64,8 @@ class DataConfig:
     corpus: CorpusName = "python-docs"
     """Where the text comes from; text is your own, in --data-dir or --dataset."""
     data_dir: Path | None = None
-    """Folder that holds the files of the corpus: for text .txt, .jsonl and .parquet; for others None: where
-    `equilibria data get` puts them."""
+    """Folder that holds the files of the corpus, for text .txt, .jsonl or .parquet; None: where `equilibria data get` puts
+    them."""
     vocab_size: int | None = None
     """Size of the byte-pair vocabulary (None: 2048); other corpora bring their own."""
     original_vocabulary: bool = False

@@ -81,7 +81,7 @@ def test_help_names_the_cache(cache: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ("data fetch enwik8", "equilibria data cannot fetch; choose list, get or verify"),
+        ("data fetch enwik8", "equilibria data cannot fetch; choose list, get, verify, show or clear"),
         ("data list enwik8", "data list takes no enwik8"),
         ("data get", "missing: NAME"),
         ("data get ptb", "there is no data set 'ptb'; choose wikitext-103, wikitext-2,"),
