@@ -55,7 +55,7 @@ class DataSetText:
 
     def where(self, split: int) -> str:
         """Words for a split."""
-        return f"the {SPLITS[split]} split of {self.name}" if any(self.splits[1:]) else self.name
+        return f"the {SPLITS[split]} split of {self.name}" if self.splits[1:] != (None, None) else self.name
 
 
 def find_data_set_text(
@@ -69,19 +69,21 @@ def find_data_set_text(
     datasets = extra("datasets")
     with _explained(name):
         place = Path(name).expanduser()
+        version = None
         if (place / "dataset_dict.json").is_file() or (place / "state.json").is_file():
             found = datasets.load_from_disk(str(place))
         else:
-            found = datasets.load_dataset(str(place) if place.exists() else name, config, streaming=streaming)
+            where = str(place) if place.exists() else name
+            found = datasets.load_dataset(where, config, streaming=streaming)
+            if streaming:  # the splits do not say which files they read; the builder knows their versions
+                builder = datasets.load_dataset_builder(where, config)
+                version = [name, builder.config.name, builder.hash]
     found = dict(found) if isinstance(found, dict) else {"train": found}
     splits, unused = _three(name, found)
     for split in splits:
         if split is not None:
             _check_field(name, split, field)
-    fingerprint = [
-        None if split is None else getattr(split, "_fingerprint", None) or _stream_fingerprint(name, config)
-        for split in splits
-    ]
+    fingerprint = version or [None if split is None else split._fingerprint for split in splits]
     notes = (f"its splits {', '.join(unused)} are not used",) if unused else ()
     return DataSetText(name, field, splits, fingerprint, notes)
 
@@ -151,14 +153,6 @@ def _check_field(name: str, split: Any, field: str) -> None:
         texts = [other for other, value in features.items() if getattr(value, "dtype", None) in ("string", "large_string")]
         instead = f"name one that does with --text-field: {', '.join(texts)}" if texts else "give another data set"
         raise UserError(f"the field {field!r} of {name} holds {kind or features[field]}, not text; {instead}")
-
-
-def _stream_fingerprint(name: str, config: str | None) -> object:
-    """The version of the files that a stream reads."""
-    place = Path(name).expanduser()
-    with _explained(name):
-        builder = extra("datasets").load_dataset_builder(str(place) if place.exists() else name, config)
-        return [str(builder.cache_dir), builder.hash]
 
 
 @contextmanager
