@@ -104,7 +104,7 @@ def check_launcher(command: Command) -> None:
 
 def cheap(command: Command) -> bool:
     words = command.words[1:]
-    if command.launcher or not words:
+    if command.launcher or not words or {"--dataset", "--tokenizer"} & set(words):  # which may be on the Hub
         return False
     return words[0] in RUN or (words[0] == "train" and len(words) > 1 and words[1] in RECIPES_RUN)
 
