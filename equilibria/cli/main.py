@@ -19,6 +19,7 @@ commands
   train RECIPE       train a model; writes everything into a run folder
   eval RUN           measure how well the model of a run predicts text
   generate RUN       continue a text with the model of a run
+  report RUN [RUN..] write one HTML page on runs: curves, convergence, comparison
   data               list, fetch and check data sets; show a text before training on it
   convert FILE RUN   turn a checkpoint of the code of Bai, Kolter & Koltun into a run
 
@@ -30,7 +31,7 @@ commands
 `equilibria --version` prints the version.
 """
 
-COMMANDS = ("train", "eval", "generate", "data", "convert")
+COMMANDS = ("train", "eval", "generate", "report", "data", "convert")
 LM_PACKAGES = frozenset({
     "accelerate", "cattrs", "jinja2", "matplotlib", "numpy", "psutil", "safetensors", "tensorboard", "tokenizers", "tqdm",
     "tyro",
@@ -99,6 +100,10 @@ def _dispatch(argv: list[str]) -> int:
         from equilibria.cli.generate import generate_command
 
         return generate_command(rest)
+    if command == "report":
+        from equilibria.cli.report import report_command
+
+        return report_command(rest)
     if command == "convert":
         from equilibria.cli.convert import convert_command
 

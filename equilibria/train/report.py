@@ -58,7 +58,7 @@ def render(summary: Mapping[str, Any], config: RunConfig) -> str:
     width = max(len(label) for label in ROWS) + 2
     lines = [
         f"{summary['recipe']}: {model['steps']:,} steps, {model['tokens']:,} tokens, "
-        f"{_time(summary['seconds'])} of training and validation",
+        f"{shown_time(summary['seconds'])} of training and validation",
         "",
         " " * width + "".join(f"{head:>20}" for head in heads),
     ]
@@ -94,7 +94,7 @@ def _column(model: Mapping[str, Any]) -> dict[str, str]:
         "test perplexity per token": f"{test['perplexity']:,.2f}",
         "test nats per token": f"{test['nll']:.3g}",
         "parameters": f"{model['parameters']:,}",
-        "training time": _time(model["train_seconds"]),
+        "training time": shown_time(model["train_seconds"]),
         "peak memory of the process": f"{model['peak_memory_bytes'] / 2**20:,.0f} MiB",
     }
     if test["bits_per_byte"] is not None:
@@ -151,7 +151,8 @@ def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _time(seconds: float) -> str:
+def shown_time(seconds: float) -> str:
+    """Such as 3 min 5 s."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
