@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from equilibria.adjoints import Adjoint
 from equilibria.models.causal_convolution import CausalConvolution
-from equilibria.models.language_model import EquilibriumLM, Extension, LMConfig, LMShape
+from equilibria.models.language_model import EquilibriumLM, Extension, LMConfig, LMShape, rolled
 from equilibria.models.memory import check_tensors
 from equilibria.models.trellis_block import TrellisBlock, TrellisMasks
 from equilibria.nn.adaptive_softmax import AdaptiveSoftmax
@@ -237,7 +237,7 @@ class DEQTrellisNetLM(EquilibriumLM):
         the causal map does not see it.
         """
         block, reach = self.block, self.inject.reach
-        words = self._words(tokens if padding is None else _rolled(tokens, padding))
+        words = self._words(tokens if padding is None else rolled(tokens, padding))
         columns = F.pad(words, (0, 0, reach, 0)) if cache is None else torch.cat((cache.words, words), dim=1)
         injection = self.inject(columns)
         layers: list[Tensor] = []
@@ -253,7 +253,7 @@ class DEQTrellisNetLM(EquilibriumLM):
                 layers.append(self._append(past, z, padding))
                 z = block(z, *block.prepare(injection, past))
         if padding is not None:
-            z = _rolled(z, -padding)
+            z = rolled(z, -padding)
         return Extension(z, TrellisCache(_last(columns, reach, padding), tuple(layers)), stats)
 
     def _append(self, past: Tensor | None, z: Tensor, padding: Tensor | None) -> Tensor:
@@ -261,12 +261,6 @@ class DEQTrellisNetLM(EquilibriumLM):
         if past is None:  # a text starts behind a state of zeros
             past = torch.zeros_like(z[:, :1])
         return _last(torch.cat((past, z), dim=1), max(self.block.conv.reach, 1), padding)
-
-
-def _rolled(x: Tensor, shift: Tensor) -> Tensor:
-    """x (B, n, ...) with each sample moved to the left by its shift (B,); what leaves comes in again at the other end."""
-    index = (torch.arange(x.shape[1], device=x.device) + shift[:, None]) % x.shape[1]
-    return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 
 def _last(columns: Tensor, count: int, padding: Tensor | None) -> Tensor:

@@ -238,6 +238,12 @@ class EquilibriumLM(nn.Module, ABC):
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1), stats, penalty
 
 
+def rolled(x: Tensor, shift: Tensor) -> Tensor:
+    """x (B, n, ...) with each sample moved to the left by its shift (B,); what leaves comes in again at the other end."""
+    index = (torch.arange(x.shape[1], device=x.device) + shift[:, None]) % x.shape[1]
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+
 def _check_segment(tokens: Tensor, targets: Tensor) -> None:
     if tokens.dim() != 2 or tokens.numel() == 0:
         raise ValueError(f"tokens have shape {tuple(tokens.shape)}; give (batch, length), neither of them 0")

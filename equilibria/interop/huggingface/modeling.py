@@ -1,0 +1,308 @@
+"""Language models at equilibrium as Transformers knows models: `from_pretrained`, `generate`, `Trainer`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from equilibria.interop.huggingface.cache import EquilibriumCache
+from equilibria.interop.huggingface.configuration import (
+    SHIM,
+    DEQTransformerConfig,
+    DEQTrellisNetConfig,
+    EquilibriumConfig,
+)
+from equilibria.interop.huggingface.masks import leading_padding
+from equilibria.models import EquilibriumLM
+from equilibria.models.language_model import rolled
+from equilibria.nn.clusters import check_ids
+from equilibria.nn.computed_once import computed_once
+from equilibria.recipes.build import build_model
+from equilibria.solution import Stats
+
+ALIGNED = 64
+"""Bytes: the place of a tensor that PyTorch itself makes is a multiple of it."""
+IGNORED = -100
+"""A label that is not predicted."""
+SHIM_TEXT = '''"""Lets Transformers find the classes of the installed package: pip install "equilibria[hf]"."""
+
+from equilibria.interop.huggingface import (  # noqa: F401
+    DEQTransformerConfig,
+    DEQTransformerForCausalLM,
+    DEQTrellisNetConfig,
+    DEQTrellisNetForCausalLM,
+)
+'''
+
+
+@dataclass
+class EquilibriumOutput(ModelOutput):
+    """What a forward pass returns; fields that were not asked for are None."""
+
+    loss: Tensor | None = None
+    """() the mean over the labels, nats; with the Jacobian loss in training, where the configuration asks for it."""
+    logits: Tensor | None = None
+    """(B, L, V) log-probabilities, which are logits that are normalised."""
+    past_key_values: EquilibriumCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    """One entry, (B, L, d): the equilibrium."""
+    memory: Any = None
+    """What the next segment is to be given, where a memory was given."""
+    stats: list[Stats] | None = None
+    """One entry per solve; empty for an explicit stack."""
+    jacobian: Tensor | None = None
+    """() the Jacobian loss, unweighted, where it was computed."""
+
+
+class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
+    """A language model of this library, `lm`, with its parameters under their own names behind `lm.`.
+
+    Outside training a call is one solve for all tokens, in which each sees the `window` last ones, itself included; with
+    `past_key_values` of an earlier call it solves for the further tokens alone. In training, and where a `memory` is given,
+    a call reads a segment as `EquilibriumLM` does: tokens see all of it, and the memory.
+
+    Padding before a text and behind it, as `attention_mask` shows it, changes nothing in the text.
+    """
+
+    config: EquilibriumConfig
+    config_class: type[EquilibriumConfig] | None = EquilibriumConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = False  # the memory of training does not grow with depth
+    accepts_loss_kwargs = True
+    _no_split_modules = ["DEQTransformerLM", "DEQTrellisNetLM"]  # noqa: RUF012 - as Transformers wants it
+    _keep_in_fp32_modules_strict = ["frequencies"]  # noqa: RUF012 - rounded ones would be other positions
+
+    def __init__(self, config: EquilibriumConfig) -> None:
+        super().__init__(config)
+        self.lm: EquilibriumLM = build_model(config.run_config(), config.vocab_size)
+        self._is_stateful = self.window is not None or config.family == "trellisnet"  # then no assistant can be taken back
+        self._tied_weights_keys = _ties(self)
+        for parameter in self.parameters():  # they are drawn, unless they are to be loaded
+            if not parameter.is_meta:
+                parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
+        self.post_init()
+
+    @property
+    def window(self) -> int | None:
+        """How many positions one position sees outside training, itself included; None for all."""
+        return self.config.window if self.config.window is not None else self.lm.window
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: EquilibriumCache | None = None,
+        use_cache: bool | None = None,
+        memory: Any = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> EquilibriumOutput | tuple[Any, ...]:
+        """Read tokens, and say what may follow each of them.
+
+        Args:
+            input_ids: (B, L) int64.
+            attention_mask: (B, M + L), 0 where there is padding, before or behind a text, else 1; M tokens are in
+                `past_key_values`.
+            labels: (B, L), usually input_ids: the label of a token is predicted at the one before it; -100 is not.
+            past_key_values: what an earlier call returned; it is extended.
+            use_cache: whether to return `past_key_values`; None for the configuration's.
+            memory: of the segment before, or `empty_memory(B)` at the start of a text.
+            logits_to_keep: compute the logits of that many last positions alone, or of those whose indices are given;
+                0 for all.
+            num_items_in_batch: divide the loss by this instead of the number of labels, as `Trainer` does.
+        """
+        if output_attentions:
+            raise ValueError("output_attentions is True, but a solve has many attentions; leave it out")
+        with computed_once(self.lm):
+            z, filled = self._states(input_ids, attention_mask, past_key_values, use_cache, memory, labels is not None)
+            hidden = self.lm.output(z)
+            output = EquilibriumOutput(**filled, hidden_states=(z,) if self._wants_states(output_hidden_states) else None)
+            whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+            if labels is None or not self.training or self.config.logits_in_training:
+                kept = slice(-logits_to_keep if logits_to_keep else None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+                output.logits = self.lm.softmax.log_prob(hidden[:, kept])
+            if labels is not None:
+                output.loss = self._loss(hidden, output.logits if whole else None, labels, num_items_in_batch, output.jacobian)
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
+    def empty_memory(self, batch: int) -> Any:
+        """The memory at the start of `batch` texts."""
+        return self.lm.empty_memory(batch)
+
+    # The parts of a call
+
+    def _states(
+        self, tokens: Tensor, mask: Tensor | None, past: Any, use_cache: bool | None, memory: Any, labelled: bool
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """States (B, L, d), and the fields of the output that come with them."""
+        cache = _cache(past)
+        padding = leading_padding(mask, tokens, cache.length)
+        if padding is not None and mask is not None:
+            tokens = tokens.masked_fill(mask[:, mask.shape[1] - tokens.shape[1] :] == 0, 0)  # whatever stands there
+        if not self.training and memory is None:
+            z, state, stats = self.lm.extend(tokens, cache.state, self.window, padding)
+            cache.update_state(state, tokens.shape[1])
+            kept = self.config.use_cache if use_cache is None else use_cache
+            return z, {"past_key_values": cache if kept else None, "stats": [] if stats is None else [stats]}
+        if cache.length:
+            raise ValueError("past_key_values goes neither with a memory nor with training; call model.eval(), give one of both")
+        if padding is not None and memory is not None:
+            raise ValueError("attention_mask has padding before a text, which cannot stand between it and its memory; leave one out")
+        z, remembered, stats, jacobian = self.lm.read(
+            tokens if padding is None else rolled(tokens, padding), memory, jacobian=labelled and self._wants_jacobian()
+        )
+        fields = {"memory": None if memory is None else remembered, "stats": stats, "jacobian": jacobian}
+        return z if padding is None else rolled(z, -padding), fields
+
+    def _loss(
+        self, hidden: Tensor, log_prob: Tensor | None, labels: Tensor, items: int | Tensor | None, jacobian: Tensor | None
+    ) -> Tensor:
+        targets = labels[:, 1:].to(hidden.device)
+        counted = targets != IGNORED
+        targets = targets.masked_fill(~counted, 0)
+        if log_prob is None:
+            nll = self.lm.softmax(hidden[:, :-1], targets)
+        else:
+            check_ids(targets, self.config.vocab_size)
+            nll = -log_prob[:, :-1].gather(-1, targets[..., None])[..., 0]
+        count = counted.sum()
+        share = 1.0 if items is None else count / torch.as_tensor(items, device=count.device)
+        loss = share * (nll[counted].sum() / count)
+        return loss if jacobian is None else loss + share * self._solves().jacobian_weight * jacobian
+
+    def _solves(self) -> Any:
+        return self.config  # whose fields are those of `SolveConfig`
+
+    def _wants_jacobian(self) -> bool:
+        solves = self._solves()
+        wanted = self.training and self.lm.config.depth is None and solves.jacobian_weight > 0
+        return wanted and torch.rand(()).item() < solves.jacobian_share
+
+    def _wants_states(self, asked: bool | None) -> bool:
+        return bool(self.config.output_hidden_states if asked is None else asked)
+
+    # What Transformers asks of a model
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As of `GenerationMixin`. ValueError in training mode, in which there is no cache."""
+        if self.training:
+            raise ValueError("the model is in training mode, with dropout and training tolerances; call model.eval() first")
+        return super().prepare_inputs_for_generation(*args, **kwargs)
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Name of a parameter -> name of the one that it is, also where projections alone are tied."""
+        return dict(self._tied_weights_keys or {})
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As of `PreTrainedModel`. The tensors are copied out of the file, in which they lie at odd places: there the same
+        matrix product rounds otherwise, and the numbers would not be those of the model that was saved."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for tensor in _tensors(model).values():
+            if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNED:
+                tensor.data = tensor.data.clone()
+        return loaded
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As of `PreTrainedModel`, in safetensors, with a module of a few lines for `trust_remote_code`."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            (Path(save_directory) / f"{SHIM}.py").write_text(SHIM_TEXT, encoding="utf-8")
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of tokens."""
+        return self.lm.get_submodule("embedding")
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """ValueError: embedding and softmax share their tables and the clusters of the vocabulary."""
+        raise ValueError("the embedding cannot be exchanged by itself; make a model of the new vocabulary and load what fits")
+
+    def get_output_embeddings(self) -> None:
+        """None: the softmax is no linear layer."""
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """The embedding, if the size stays; ValueError otherwise, for the clusters of the softmax cover the vocabulary."""
+        if new_num_tokens not in (None, self.config.vocab_size):
+            raise ValueError(
+                f"the model has {self.config.vocab_size} tokens and cannot be given {new_num_tokens}: its embedding and softmax "
+                "are cut into clusters that cover the vocabulary; make a new model with that vocab_size, or use a token "
+                "that there is for padding"
+            )
+        return self.get_input_embeddings()
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Does nothing: a saved folder needs no copy of our files, for it has `equilibria_model.py`."""
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the first call makes an EquilibriumCache
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw what a loaded folder lacks, as a new model would."""
+        if module is not self:
+            return
+        lacking = {name: tensor for name, tensor in _tensors(self).items() if not getattr(tensor, "_is_hf_initialized", False)}
+        if not lacking or any(tensor.is_meta for tensor in lacking.values()):
+            return
+        with torch.device("cpu"):
+            fresh = _tensors(build_model(self.config.run_config(), self.config.vocab_size))
+        for name, tensor in lacking.items():
+            tensor.copy_(fresh[name.removeprefix("lm.")])
+
+
+class DEQTransformerForCausalLM(EquilibriumForCausalLM):
+    """A DEQ-Transformer (`DEQTransformerLM`) for Transformers; see `EquilibriumForCausalLM`."""
+
+    config_class = DEQTransformerConfig
+
+
+class DEQTrellisNetForCausalLM(EquilibriumForCausalLM):
+    """A DEQ-TrellisNet (`DEQTrellisNetLM`) for Transformers; see `EquilibriumForCausalLM`."""
+
+    config_class = DEQTrellisNetConfig
+
+
+MODELS: dict[str, type[EquilibriumForCausalLM]] = {
+    "transformer": DEQTransformerForCausalLM,
+    "trellisnet": DEQTrellisNetForCausalLM,
+}
+"""Name of a family -> its model here."""
+
+
+def _cache(past: Any) -> EquilibriumCache:
+    """The cache that was given, or a new one."""
+    if past is None or (not isinstance(past, EquilibriumCache) and not past.get_seq_length()):
+        return EquilibriumCache()
+    if not isinstance(past, EquilibriumCache):
+        raise TypeError(
+            f"past_key_values is a {type(past).__name__}; give the EquilibriumCache that an earlier call returned, or None"
+        )
+    return past
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """Name of a parameter -> the first name of the same."""
+    first: dict[int, str] = {}
+    ties: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            ties[name] = first[id(parameter)]
+    return ties
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
