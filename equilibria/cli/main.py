@@ -22,6 +22,7 @@ commands
   report RUN [RUN..] write one HTML page on runs: curves, convergence, comparison
   data               list, fetch and check data sets; show a text before training on it
   convert FILE RUN   turn a checkpoint of the code of Bai, Kolter & Koltun into a run
+  export RUN FOLDER  write the model of a run for Hugging Face Transformers
 
   equilibria train quickstart                            a few minutes on a laptop, no files needed
   equilibria eval runs/quickstart
@@ -31,11 +32,15 @@ commands
 `equilibria --version` prints the version.
 """
 
-COMMANDS = ("train", "eval", "generate", "report", "data", "convert")
-LM_PACKAGES = frozenset({
-    "accelerate", "cattrs", "jinja2", "matplotlib", "numpy", "psutil", "safetensors", "tensorboard", "tokenizers", "tqdm",
-    "tyro",
-})  # fmt: skip
+COMMANDS = ("train", "eval", "generate", "report", "data", "convert", "export")
+EXTRAS = {
+    "lm": (
+        "accelerate", "cattrs", "jinja2", "matplotlib", "numpy", "psutil", "safetensors", "tensorboard", "tokenizers", "tqdm",
+        "tyro",
+    ),
+    "hf": ("transformers",),
+}  # fmt: skip
+"""An extra of the package -> the packages that it brings."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,9 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in LM_PACKAGES:
+        extra = next((extra for extra, names in EXTRAS.items() if (error.name or "").split(".")[0] in names), None)
+        if extra is None:
             raise
-        return _fail(f'the package {error.name} is missing; install it with: pip install "equilibria[lm]"', 2)
+        return _fail(f'the package {error.name} is missing; install it with: pip install "equilibria[{extra}]"', 2)
     except OSError as error:
         if error.filename is None:
             raise
@@ -108,6 +114,10 @@ def _dispatch(argv: list[str]) -> int:
         from equilibria.cli.convert import convert_command
 
         return convert_command(rest)
+    if command == "export":
+        from equilibria.cli.export import export_command
+
+        return export_command(rest)
     if command == "data":
         from equilibria.cli.data import data_command
 

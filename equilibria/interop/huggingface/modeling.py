@@ -84,6 +84,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm: EquilibriumLM = build_model(config.run_config(), config.vocab_size)
         self._is_stateful = self.window is not None or config.family == "trellisnet"  # then no assistant can be taken back
         self._tied_weights_keys = _ties(self)
+        self._keys_to_ignore_on_save = list(self._tied_weights_keys)
         for parameter in self.parameters():  # they are drawn, unless they are to be loaded
             if not parameter.is_meta:
                 parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
