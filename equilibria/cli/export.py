@@ -57,7 +57,7 @@ def export(options: ExportOptions) -> str:
     elif theirs.pad_token is None:
         lines.append("  padding    no token is free for it; set tokenizer.pad_token to one of the text's for batches")
     lines.append('next: import equilibria.interop.huggingface, then AutoModelForCausalLM.from_pretrained("FOLDER")')
-    return "\n".join(lines).replace("FOLDER\")", f"{options.folder}\")")
+    return "\n".join(lines).replace('FOLDER")', f'{options.folder}")')
 
 
 def _tokenizer(options: ExportOptions) -> Tokenizer | None:

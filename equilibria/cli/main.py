@@ -35,10 +35,10 @@ commands
 COMMANDS = ("train", "eval", "generate", "report", "data", "convert", "export")
 EXTRAS = {
     "lm": (
-        "accelerate", "cattrs", "jinja2", "matplotlib", "numpy", "psutil", "safetensors", "tensorboard", "tokenizers", "tqdm",
-        "tyro",
+        "accelerate", "cattrs", "jinja2", "matplotlib", "numpy", "psutil", "safetensors", "tensorboard", "tokenizers",
+        "tqdm", "tyro",
     ),
-    "hf": ("transformers",),
+    "hf": ("datasets", "pyarrow", "transformers"),
 }  # fmt: skip
 """An extra of the package -> the packages that it brings."""
 

@@ -1,18 +1,16 @@
 """Hugging Face Transformers: importing this package lets `AutoModelForCausalLM.from_pretrained` load our models.
 
-    pip install "equilibria[hf]"
+pip install "equilibria[hf]"
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from equilibria.interop.huggingface.cache import EquilibriumCache
 from equilibria.interop.huggingface.configuration import CONFIGS, DEQTransformerConfig, DEQTrellisNetConfig
-from equilibria.interop.huggingface.modeling import (
-    MODELS,
-    DEQTransformerForCausalLM,
-    DEQTrellisNetForCausalLM,
-    EquilibriumOutput,
-)
+from equilibria.interop.huggingface.modeling import MODELS, DEQTransformerForCausalLM, DEQTrellisNetForCausalLM
+from equilibria.interop.huggingface.output import EquilibriumOutput
+from equilibria.interop.huggingface.run import from_run
+from equilibria.interop.huggingface.tokenization import huggingface_tokenizer
 
 __all__ = [
     "DEQTransformerConfig",
@@ -21,6 +19,8 @@ __all__ = [
     "DEQTrellisNetForCausalLM",
     "EquilibriumCache",
     "EquilibriumOutput",
+    "from_run",
+    "huggingface_tokenizer",
 ]
 
 for _name, _config in CONFIGS.items():

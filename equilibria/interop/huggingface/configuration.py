@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import GenerationConfig, PreTrainedConfig
 
@@ -52,6 +52,10 @@ class EquilibriumConfig(PreTrainedConfig):
     window: int | None = None
     use_cache: bool = True
     logits_in_training: bool = True
+
+    if TYPE_CHECKING:  # the fields of shape and solves are no fields of this dataclass
+
+        def __init__(self, **values: Any) -> None: ...
 
     def __post_init__(self, **values: Any) -> None:
         values = {self.attribute_map.get(name, name): value for name, value in values.items()}
@@ -120,7 +124,7 @@ class EquilibriumConfig(PreTrainedConfig):
 class DEQTransformerConfig(EquilibriumConfig):
     """Configuration of a DEQ-Transformer: the fields of `TransformerShape` and of `SolveConfig`; see `EquilibriumConfig`.
 
-        DEQTransformerConfig(vocab_size=1000, d_model=64, n_head=4, d_inner=256, rtol=1e-3, max_evals=30)
+    DEQTransformerConfig(vocab_size=1000, d_model=64, n_head=4, d_inner=256, rtol=1e-3, max_evals=30)
     """
 
     model_type = "deq-transformer"
@@ -135,7 +139,7 @@ class DEQTransformerConfig(EquilibriumConfig):
 class DEQTrellisNetConfig(EquilibriumConfig):
     """Configuration of a DEQ-TrellisNet: the fields of `TrellisShape` and of `SolveConfig`; see `EquilibriumConfig`.
 
-        DEQTrellisNetConfig(vocab_size=1000, d_embed=32, d_hidden=64, d_output=32)
+    DEQTrellisNetConfig(vocab_size=1000, d_embed=32, d_hidden=64, d_output=32)
     """
 
     model_type = "deq-trellisnet"
@@ -143,7 +147,5 @@ class DEQTrellisNetConfig(EquilibriumConfig):
     attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "d_output", "tie_word_embeddings": "tie_weights"}
 
 
-CONFIGS: dict[str, type[EquilibriumConfig]] = {
-    kind.family: kind for kind in (DEQTransformerConfig, DEQTrellisNetConfig)
-}
+CONFIGS: dict[str, type[EquilibriumConfig]] = {kind.family: kind for kind in (DEQTransformerConfig, DEQTrellisNetConfig)}
 """Name of a family, as in the config.json of a run -> its configuration here."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -22,8 +21,8 @@ def leading_padding(mask: Tensor | None, tokens: Tensor, seen: int) -> Tensor | 
     batch, length = tokens.shape
     if mask.shape != (batch, seen + length):
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}, but {batch} texts with {length} tokens after {seen} in the cache "
-            f"need ({batch}, {seen + length})"
+            f"attention_mask has shape {tuple(mask.shape)}, but {batch} texts with {length} tokens after {seen} in the "
+            f"cache need ({batch}, {seen + length})"
         )
     text = mask != 0
     if bool(text.all()):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
 
 from equilibria.interop.huggingface.cache import EquilibriumCache
 from equilibria.interop.huggingface.configuration import (
@@ -19,12 +17,12 @@ from equilibria.interop.huggingface.configuration import (
     EquilibriumConfig,
 )
 from equilibria.interop.huggingface.masks import leading_padding
+from equilibria.interop.huggingface.output import EquilibriumOutput
 from equilibria.models import EquilibriumLM
 from equilibria.models.language_model import rolled
 from equilibria.nn.clusters import check_ids
 from equilibria.nn.computed_once import computed_once
 from equilibria.recipes.build import build_model
-from equilibria.solution import Stats
 
 ALIGNED = 64
 """Bytes: the place of a tensor that PyTorch itself makes is a multiple of it."""
@@ -41,25 +39,6 @@ from equilibria.interop.huggingface import (  # noqa: F401
 '''
 
 
-@dataclass
-class EquilibriumOutput(ModelOutput):
-    """What a forward pass returns; fields that were not asked for are None."""
-
-    loss: Tensor | None = None
-    """() the mean over the labels, nats; with the Jacobian loss in training, where the configuration asks for it."""
-    logits: Tensor | None = None
-    """(B, L, V) log-probabilities, which are logits that are normalised."""
-    past_key_values: EquilibriumCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    """One entry, (B, L, d): the equilibrium."""
-    memory: Any = None
-    """What the next segment is to be given, where a memory was given."""
-    stats: list[Stats] | None = None
-    """One entry per solve; empty for an explicit stack."""
-    jacobian: Tensor | None = None
-    """() the Jacobian loss, unweighted, where it was computed."""
-
-
 class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
     """A language model of this library, `lm`, with its parameters under their own names behind `lm.`.
 
@@ -71,7 +50,7 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
     """
 
     config: EquilibriumConfig
-    config_class: type[EquilibriumConfig] | None = EquilibriumConfig
+    config_class = EquilibriumConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = False  # the memory of training does not grow with depth
@@ -82,12 +61,13 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: EquilibriumConfig) -> None:
         super().__init__(config)
         self.lm: EquilibriumLM = build_model(config.run_config(), config.vocab_size)
-        self._is_stateful = self.window is not None or config.family == "trellisnet"  # then no assistant can be taken back
+        # What a window or a convolution has dropped, no assistant's proposal can bring back.
+        self._is_stateful = self.window is not None or config.family == "trellisnet"
         self._tied_weights_keys = _ties(self)
         self._keys_to_ignore_on_save = list(self._tied_weights_keys)
-        for parameter in self.parameters():  # they are drawn, unless they are to be loaded
-            if not parameter.is_meta:
-                parameter._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
+        for tensor in _tensors(self).values():  # they are drawn, unless they are to be loaded
+            if not tensor.is_meta:
+                tensor._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
         self.post_init()
 
     @property
@@ -122,19 +102,23 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: compute the logits of that many last positions alone, or of those whose indices are given;
                 0 for all.
             num_items_in_batch: divide the loss by this instead of the number of labels, as `Trainer` does.
+
+        Raises:
+            ValueError: shapes that do not fit, padding inside a text, or arguments that exclude each other.
         """
         if output_attentions:
             raise ValueError("output_attentions is True, but a solve has many attentions; leave it out")
         with computed_once(self.lm):
-            z, filled = self._states(input_ids, attention_mask, past_key_values, use_cache, memory, labels is not None)
+            z, others = self._states(input_ids, attention_mask, past_key_values, use_cache, memory, labels is not None)
             hidden = self.lm.output(z)
-            output = EquilibriumOutput(**filled, hidden_states=(z,) if self._wants_states(output_hidden_states) else None)
-            whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+            logits = loss = None
             if labels is None or not self.training or self.config.logits_in_training:
-                kept = slice(-logits_to_keep if logits_to_keep else None, None) if isinstance(logits_to_keep, int) else logits_to_keep
-                output.logits = self.lm.softmax.log_prob(hidden[:, kept])
+                logits = self.lm.softmax.log_prob(_kept(hidden, logits_to_keep))
             if labels is not None:
-                output.loss = self._loss(hidden, output.logits if whole else None, labels, num_items_in_batch, output.jacobian)
+                whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+                loss = self._loss(hidden, logits if whole else None, labels, num_items_in_batch, others["jacobian"])
+        shown = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = EquilibriumOutput(loss=loss, logits=logits, hidden_states=(z,) if shown else None, **others)
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 
@@ -151,16 +135,17 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         cache = _cache(past)
         padding = leading_padding(mask, tokens, cache.length)
         if padding is not None and mask is not None:
-            tokens = tokens.masked_fill(mask[:, mask.shape[1] - tokens.shape[1] :] == 0, 0)  # whatever stands there
+            tokens = tokens.masked_fill(mask[:, -tokens.shape[1] :] == 0, 0)  # whatever stands there
         if not self.training and memory is None:
             z, state, stats = self.lm.extend(tokens, cache.state, self.window, padding)
             cache.update_state(state, tokens.shape[1])
             kept = self.config.use_cache if use_cache is None else use_cache
-            return z, {"past_key_values": cache if kept else None, "stats": [] if stats is None else [stats]}
+            solved = [] if stats is None else [stats]
+            return z, {"past_key_values": cache if kept else None, "stats": solved, "jacobian": None}
         if cache.length:
-            raise ValueError("past_key_values goes neither with a memory nor with training; call model.eval(), give one of both")
+            raise ValueError("past_key_values go with neither a memory nor training; leave them out, or call model.eval()")
         if padding is not None and memory is not None:
-            raise ValueError("attention_mask has padding before a text, which cannot stand between it and its memory; leave one out")
+            raise ValueError("attention_mask has padding between a text and its memory; pad behind the text instead")
         z, remembered, stats, jacobian = self.lm.read(
             tokens if padding is None else rolled(tokens, padding), memory, jacobian=labelled and self._wants_jacobian()
         )
@@ -181,26 +166,23 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
         count = counted.sum()
         share = 1.0 if items is None else count / torch.as_tensor(items, device=count.device)
         loss = share * (nll[counted].sum() / count)
-        return loss if jacobian is None else loss + share * self._solves().jacobian_weight * jacobian
-
-    def _solves(self) -> Any:
-        return self.config  # whose fields are those of `SolveConfig`
+        return loss if jacobian is None else loss + share * self._jacobian("weight") * jacobian
 
     def _wants_jacobian(self) -> bool:
-        solves = self._solves()
-        wanted = self.training and self.lm.config.depth is None and solves.jacobian_weight > 0
-        return wanted and torch.rand(()).item() < solves.jacobian_share
+        wanted = self.training and self.lm.config.depth is None and self._jacobian("weight") > 0
+        return wanted and torch.rand(()).item() < self._jacobian("share")
 
-    def _wants_states(self, asked: bool | None) -> bool:
-        return bool(self.config.output_hidden_states if asked is None else asked)
+    def _jacobian(self, name: str) -> float:
+        return getattr(self.config, f"jacobian_{name}")
 
     # What Transformers asks of a model
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As of `GenerationMixin`. ValueError in training mode, in which there is no cache."""
         if self.training:
-            raise ValueError("the model is in training mode, with dropout and training tolerances; call model.eval() first")
-        return super().prepare_inputs_for_generation(*args, **kwargs)
+            raise ValueError("the model is in training mode, in which there is no cache; call model.eval() first")
+        mixin: Any = super()
+        return mixin.prepare_inputs_for_generation(*args, **kwargs)
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """Name of a parameter -> name of the one that it is, also where projections alone are tied."""
@@ -229,18 +211,18 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """ValueError: embedding and softmax share their tables and the clusters of the vocabulary."""
-        raise ValueError("the embedding cannot be exchanged by itself; make a model of the new vocabulary and load what fits")
+        raise ValueError("the embedding cannot be exchanged alone, for the softmax shares it; make a model of the new size")
 
     def get_output_embeddings(self) -> None:
         """None: the softmax is no linear layer."""
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """The embedding, if the size stays; ValueError otherwise, for the clusters of the softmax cover the vocabulary."""
         if new_num_tokens not in (None, self.config.vocab_size):
             raise ValueError(
-                f"the model has {self.config.vocab_size} tokens and cannot be given {new_num_tokens}: its embedding and softmax "
-                "are cut into clusters that cover the vocabulary; make a new model with that vocab_size, or use a token "
-                "that there is for padding"
+                f"the model has {self.config.vocab_size} tokens and cannot be given {new_num_tokens}: the clusters of its "
+                "embedding and softmax cover the vocabulary; make a new model with that vocab_size, or pad with a token "
+                "that it has"
             )
         return self.get_input_embeddings()
 
@@ -248,21 +230,27 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """Does nothing: a saved folder needs no copy of our files, for it has `equilibria_model.py`."""
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the first call makes an EquilibriumCache
+    def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any
+    ) -> None:
+        """Put our own cache where `generate` would put its own."""
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation is {kind!r}, but there is one equilibrium cache; leave it out")
+        if generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = _cache(model_kwargs.get("past_key_values"))
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw what a loaded folder lacks, as a new model would."""
-        if module is not self:
+        """Draw what a loaded folder lacks of this module, as a new model would."""
+        tensors = _tensors(module, recurse=False).items()
+        lacking = {name: tensor for name, tensor in tensors if not getattr(tensor, "_is_hf_initialized", False)}
+        if not lacking:
             return
-        lacking = {name: tensor for name, tensor in _tensors(self).items() if not getattr(tensor, "_is_hf_initialized", False)}
-        if not lacking or any(tensor.is_meta for tensor in lacking.values()):
-            return
+        path = next(name for name, each in self.lm.named_modules() if each is module)
         with torch.device("cpu"):
-            fresh = _tensors(build_model(self.config.run_config(), self.config.vocab_size))
+            fresh = build_model(self.config.run_config(), self.config.vocab_size).get_submodule(path)
         for name, tensor in lacking.items():
-            tensor.copy_(fresh[name.removeprefix("lm.")])
+            tensor.copy_(_tensors(fresh, recurse=False)[name])
 
 
 class DEQTransformerForCausalLM(EquilibriumForCausalLM):
@@ -295,6 +283,13 @@ def _cache(past: Any) -> EquilibriumCache:
     return past
 
 
+def _kept(hidden: Tensor, wanted: int | Tensor) -> Tensor:
+    """The positions of hidden (B, L, d) whose logits are wanted."""
+    if isinstance(wanted, int):
+        return hidden[:, -wanted:] if wanted else hidden
+    return hidden[:, wanted]
+
+
 def _ties(model: nn.Module) -> dict[str, str]:
     """Name of a parameter -> the first name of the same."""
     first: dict[int, str] = {}
@@ -305,5 +300,5 @@ def _ties(model: nn.Module) -> dict[str, str]:
     return ties
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+def _tensors(module: nn.Module, *, recurse: bool = True) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters(recurse=recurse)), **dict(module.named_buffers(recurse=recurse))}

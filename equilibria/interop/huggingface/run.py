@@ -46,8 +46,9 @@ def write_export(
     """Write all that `from_pretrained` reads, and a model card; returns the tokenizer. UserError if `target` exists."""
     refuse_existing(target)
     theirs = None if tokenizer is None else huggingface_tokenizer(tokenizer)
-    # No token ends a text: ours are read on and on, and an <eos> is the end of a line.
-    model.generation_config = GenerationConfig(pad_token_id=None if theirs is None else theirs.pad_token_id)
+    # No token ends a text: ours are read on and on, and an <eos> is the end of a line. Nor is one named for padding, or
+    # `generate` would take those in a prompt for it.
+    model.generation_config = GenerationConfig()
 
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)

@@ -51,7 +51,11 @@ def huggingface_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
     if "eos_token" in special:
         special["pad_token"] = special["eos_token"]
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=backend, split_special_tokens=True, clean_up_tokenization_spaces=False, padding_side="left", **special
+        tokenizer_object=backend,
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        **special,
     )
     if len(fast) != tokenizer.size:
         raise UserError(f"the tokenizer has {tokenizer.size:,} tokens, but {len(fast):,} in the form of Hugging Face")
