@@ -53,10 +53,6 @@ class EquilibriumConfig(PreTrainedConfig):
     use_cache: bool = True
     logits_in_training: bool = True
 
-    if TYPE_CHECKING:  # the fields of shape and solves are no fields of this dataclass
-
-        def __init__(self, **values: Any) -> None: ...
-
     def __post_init__(self, **values: Any) -> None:
         values = {self.attribute_map.get(name, name): value for name, value in values.items()}
         ours = {name: values.pop(name, default) for name, default in self.own_defaults().items()}
@@ -135,6 +131,10 @@ class DEQTransformerConfig(EquilibriumConfig):
         "tie_word_embeddings": "tie_weights",
     }
 
+    if TYPE_CHECKING:  # as the fields of shape and solves are no fields of the dataclass
+
+        def __init__(self, **values: Any) -> None: ...
+
 
 class DEQTrellisNetConfig(EquilibriumConfig):
     """Configuration of a DEQ-TrellisNet: the fields of `TrellisShape` and of `SolveConfig`; see `EquilibriumConfig`.
@@ -145,6 +145,10 @@ class DEQTrellisNetConfig(EquilibriumConfig):
     model_type = "deq-trellisnet"
     family = "trellisnet"
     attribute_map: ClassVar[dict[str, str]] = {"hidden_size": "d_output", "tie_word_embeddings": "tie_weights"}
+
+    if TYPE_CHECKING:  # as the fields of shape and solves are no fields of the dataclass
+
+        def __init__(self, **values: Any) -> None: ...
 
 
 CONFIGS: dict[str, type[EquilibriumConfig]] = {kind.family: kind for kind in (DEQTransformerConfig, DEQTrellisNetConfig)}
