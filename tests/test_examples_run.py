@@ -62,3 +62,10 @@ def test_larger_mazes_are_solved_by_iterating_longer(example: Callable[[str], An
     assert rows[8].solved[-1] > 0.8
     assert rows[8].from_noise > 0.8
     assert rows[5].evaluations < rows[8].evaluations
+
+
+def test_a_learned_step_may_be_iterated_as_long_as_one_likes(example: Callable[[str], Any]) -> None:
+    result = example("inverse_problem").main(steps=100, channels=8, length=48, batch=8)
+    *_, after_50, after_100 = result.at_the_equilibrium
+    assert after_100 == pytest.approx(after_50, abs=0.1)
+    assert after_100 > result.seen + 1
