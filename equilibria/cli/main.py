@@ -35,8 +35,8 @@ commands
 COMMANDS = ("train", "eval", "generate", "report", "data", "convert", "export")
 EXTRAS = {
     "lm": (
-        "accelerate", "cattrs", "jinja2", "matplotlib", "numpy", "psutil", "safetensors", "tensorboard", "tokenizers",
-        "tqdm", "tyro",
+        "accelerate", "cattrs", "filelock", "jinja2", "matplotlib", "numpy", "psutil", "safetensors", "tensorboard",
+        "tokenizers", "tqdm", "tyro",
     ),
     "hf": ("datasets", "pyarrow", "transformers"),
 }  # fmt: skip

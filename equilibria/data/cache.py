@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,6 +31,7 @@ DAY = 86_400.0  # seconds
 FORMAT = 2  # of a folder of numbered words
 NAMES = ("train.int32", "valid.int32", "test.int32")
 TOKENIZER = "tokenizer.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)  # no space left, or none that is ours
 DIGESTS = "sha256.json"  # of the other files in that folder
 
 
@@ -53,7 +56,7 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
     A process that is killed leaves a hidden folder beside `target`, which a later call deletes after a day.
     With `replace`, a `target` that is there is deleted; otherwise it stays, as when another process made it meanwhile.
-    Raises UserError where the cache cannot be written.
+    Raises UserError where the cache cannot be written, or the disk becomes full meanwhile.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,10 +65,7 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
                 shutil.rmtree(stale, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
-        raise UserError(
-            f"cannot write to {target.parent} ({error.strerror}); set the environment variable EQUILIBRIA_CACHE to a "
-            "folder that can be written to"
-        ) from None
+        raise _cannot_write(target.parent, error) from None
     try:
         yield scratch
         scratch.chmod(0o755)  # a temporary folder is closed to others, a cache may be shared
@@ -80,8 +80,22 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             if not target.is_dir():
                 raise
         sync(target.parent)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(
+            f"the disk of {target.parent} is full; free some space (equilibria data clear shows what may go), or set the "
+            "environment variable EQUILIBRIA_CACHE to a folder on another disk"
+        ) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _cannot_write(place: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write to {place} ({error.strerror}); set the environment variable EQUILIBRIA_CACHE to a folder that can "
+        "be written to"
+    )
 
 
 def numbered_words(paths: Sequence[Path], style: WordStyle, *, large: int = LARGE) -> tuple[list[Tensor], Vocabulary]:
@@ -114,16 +128,19 @@ def kept_folder(kind: str, key: str, fill: Callable[[Path], None], remedy: str) 
     """The folder `kind`/`key` of the cache, whole: `fill` is called with an empty folder where there is none.
 
     The SHA-256 of every file is kept with it. Where one is not as it was written, the folder is filled again, with a line
-    on stderr that ends in `remedy`. Its time of change is that of its last use, by which `equilibria data clear` goes.
+    on stderr that ends in `remedy`. Of several processes that begin together one fills it, and the others wait. Its time of
+    change is that of its last use, by which `equilibria data clear` goes.
     """
     folder = cache_folder() / kind / key
-    damaged = folder.is_dir() and not _whole(folder)
-    if damaged:
-        print(f"the kept text in {folder} is damaged; {remedy}", file=sys.stderr, flush=True)
-    if damaged or not folder.is_dir():
-        with new_folder(folder, replace=damaged) as scratch:
-            fill(scratch)
-            (scratch / DIGESTS).write_text(json.dumps({path.name: sha256(path) for path in scratch.iterdir()}))
+    if not _whole(folder):
+        with _alone(key):
+            there = folder.is_dir()
+            if not there or not _whole(folder):  # as another process may have left it meanwhile
+                if there:
+                    print(f"the kept text in {folder} is damaged; {remedy}", file=sys.stderr, flush=True)
+                with new_folder(folder, replace=there) as scratch:
+                    fill(scratch)
+                    (scratch / DIGESTS).write_text(json.dumps({path.name: sha256(path) for path in scratch.iterdir()}))
     with contextlib.suppress(OSError):  # a cache may be shared, and closed to writing
         os.utime(folder)
     return folder
@@ -143,6 +160,26 @@ def kept_tokens(folder: Path) -> list[Tensor]:
 def progress_bar(what: str, size: int | None) -> tqdm:
     """Of bytes; shown on a terminal only."""
     return tqdm(total=size, unit="B", unit_scale=True, desc=what, disable=None)
+
+
+@contextlib.contextmanager
+def _alone(key: str) -> Iterator[None]:
+    """No two processes are in such a block with the same key. The lock goes with the process, however it ends."""
+    place = cache_folder() / "locks"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place / key)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print("waiting for another process that prepares the same text", file=sys.stderr, flush=True)
+            lock.acquire()
+    except OSError as error:
+        raise _cannot_write(place, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _whole(folder: Path) -> bool:

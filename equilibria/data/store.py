@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from equilibria.data.cache import cache_folder, new_folder
+from equilibria.data.cache import FULL, cache_folder, new_folder
 from equilibria.data.corpora import data_set_folder, find_files, published_corpus
 from equilibria.data.download import FetchError, download, file_digest
 from equilibria.data.published import DataSet, File
@@ -90,7 +89,7 @@ def _archive(data_set: DataSet, note: Note) -> Path:
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(cache_folder()).free
             note(f"{free:,} bytes are free in {cache_folder()}")
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in FULL
         remedy = "free some space (equilibria data clear shows what may go), or set" if full else "set"
         raise UserError(
             f"cannot write {path} ({error.strerror}); {remedy} the environment variable EQUILIBRIA_CACHE to a folder that "

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from hypothesis import strategies as st
 
 from equilibria.data import BytePair, Corpus, TextOptions, load_tokenizer, text_corpus
 from equilibria.data.carve import LONGEST_PIECE, Carving, pieces, whole
-from equilibria.data.numbered_text import _sample
+from equilibria.data.numbered_text import _number, _sample
 from equilibria.data.text_files import find_text_files
 from equilibria.solution import UserError
 
@@ -404,6 +407,35 @@ def test_what_fails_keeps_nothing(folder: Path, cache: Path) -> None:
     with (folder / "part.jsonl").open("a") as file:
         file.write("{")
     with pytest.raises(UserError, match="line 41 of"):
+        large(folder)
+    assert list((cache / "tokens").iterdir()) == []
+
+
+def test_processes_that_begin_together_do_the_work_once(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    write_jsonl(folder, DOCUMENTS)
+    begun: list[int] = []
+
+    def number(*arguments, **rest):
+        begun.append(1)
+        time.sleep(0.3)
+        return _number(*arguments, **rest)
+
+    monkeypatch.setattr("equilibria.data.numbered_text._number", number)
+    with ThreadPoolExecutor(3) as pool:  # each with a lock of its own on the same file, as processes have
+        first, *others = pool.map(lambda _: large(folder), range(3))
+    assert len(begun) == 1
+    assert all(torch.equal(first.train.tokens, other.train.tokens) for other in others)
+    assert capsys.readouterr().err == "waiting for another process that prepares the same text\n" * 2
+
+
+def test_a_full_disk_is_called_so(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_jsonl(folder, DOCUMENTS)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("equilibria.data.numbered_text._number", full)
+    with pytest.raises(UserError, match=r"the disk of .*tokens is full; free some space \(equilibria data clear shows"):
         large(folder)
     assert list((cache / "tokens").iterdir()) == []
 
