@@ -20,6 +20,7 @@ from equilibria.train.run_folder import RunFolder, read_metrics
 from equilibria.train.solves import eval_stopping, trace_stopping
 from equilibria.train.state import TrainState
 from equilibria.train.traces import relative_trace, trace_solve
+from equilibria.train.typed import options_of
 
 
 def finish(config: RunConfig, corpus: Corpus, folder: RunFolder, stop: StopRequest) -> str:
@@ -42,7 +43,7 @@ def finish(config: RunConfig, corpus: Corpus, folder: RunFolder, stop: StopReque
     stop.check()
     summary["seconds"] = sum(_state(part).seconds for part in (folder, folder.twin) if part.has_checkpoint())
     folder.write_summary(summary)
-    return render(summary, config)
+    return render(summary, config, options_of(folder.command))
 
 
 def _describe(run: LoadedRun, corpus: Corpus) -> dict[str, Any]:

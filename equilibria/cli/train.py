@@ -31,6 +31,7 @@ from equilibria.train.memory import keep_freed_memory
 from equilibria.train.report import shown_path
 from equilibria.train.run_folder import RunFolder, create_run, newest_run, open_run
 from equilibria.train.trackers import check_trackers
+from equilibria.train.typed import add_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ def train_command(argv: Sequence[str]) -> int:
         folder = create_run(recipe, options.run_dir)
     with StopRequest() as stop:
         try:
-            _train_all(config, corpus, folder, stop, options.load)
+            _train_all(config, corpus, folder, stop, options.load, ["equilibria", "train", *argv])
         except Interrupted:
             command = f"equilibria train {recipe} --resume --run-dir {shlex.quote(shown_path(folder.path))}"
             print(f"stopped; everything is saved. Continue with: {command}", file=sys.stderr)
@@ -100,7 +101,9 @@ def train_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def _train_all(config: RunConfig, corpus: Corpus, folder: RunFolder, stop: StopRequest, load: Path | None) -> None:
+def _train_all(
+    config: RunConfig, corpus: Corpus, folder: RunFolder, stop: StopRequest, load: Path | None, typed: Sequence[str]
+) -> None:
     print(
         f"{config.recipe}: {corpus.train.tokens.numel():,} training tokens, vocabulary {corpus.tokenizer.size:,} "
         f"-> {shown_path(folder.path)}",
@@ -108,7 +111,7 @@ def _train_all(config: RunConfig, corpus: Corpus, folder: RunFolder, stop: StopR
         flush=True,
     )
     label = "DEQ" if config.model.depth is None else "stack"
-    trained = train_model(config, corpus, folder, stop, label=label, load=load)
+    trained = train_model(config, corpus, folder, stop, label=label, load=load, typed=typed)
     if config.wants_twin:
         stop.check()
         last_step = trained.state.step
@@ -125,8 +128,12 @@ def train_model(
     label: str,
     last_step: int | None = None,
     load: Path | None = None,
+    typed: Sequence[str] = (),
 ) -> Trainer:
-    """Train one model in its folder, from the checkpoint there if there is one, else from the weights of the run `load`."""
+    """Train one model in its folder, from the checkpoint there if there is one, else from the weights of the run `load`.
+
+    `typed` is the command, which the folder keeps.
+    """
     torch.manual_seed(config.seed)
     model = build_model(config, corpus.tokenizer.size)
     if config.start_from_frequencies:  # the weights of a run or a checkpoint, where there are any, write over it
@@ -135,6 +142,8 @@ def train_model(
         load_weights(RunFolder(load).weights, model)
     trainer = Trainer(model, corpus, config, folder, stop=stop, last_step=last_step, label=label)
     folder.store_config(config)
+    if typed:
+        add_command(folder.command, typed)
     folder.tokenizer.mkdir(exist_ok=True)
     corpus.tokenizer.save(folder.tokenizer)
     trainer.run()

@@ -229,7 +229,7 @@ def overfitting(history: History) -> Advice | None:
     then, since = history.loss_until(rows[best]["step"]), history.last(5, "train/loss")
     if then is None or mean(since, "train/loss") > then - 0.01:
         return None
-    name, dropout = _dropout(history.config)
+    name, dropout = dropout_option(history.config)
     return Advice(
         kind="overfitting",
         step=history.step,
@@ -277,7 +277,7 @@ def _tame(config: RunConfig) -> str:
     return f"--jacobian-weight {_round(2 * weight) if weight else 0.5:g}"
 
 
-def _dropout(config: RunConfig) -> tuple[str, float]:
+def dropout_option(config: RunConfig) -> tuple[str, float]:
     """The option for dropout that a model of this family has, and its value."""
     if isinstance(config.model, TransformerModel):
         return "--dropout", config.model.dropout

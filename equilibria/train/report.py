@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from equilibria.train.advice import dropout_option
 from equilibria.train.config import RunConfig
 from equilibria.train.evaluate import Evaluation
 from equilibria.train.state import TrainState
+from equilibria.train.typed import without
 
 
 def xz_bits_per_byte(text: str) -> float:
@@ -46,8 +48,11 @@ def describe_model(
     }
 
 
-def render(summary: Mapping[str, Any], config: RunConfig) -> str:
-    """The final screen: the model beside its twin and xz, where everything is, and what to try next."""
+def render(summary: Mapping[str, Any], config: RunConfig, typed: Sequence[str] = ()) -> str:
+    """The final screen: the model beside its twin and xz, where everything is, and what to try next.
+
+    `typed` are the options of the command that began the run, which the commands to try repeat.
+    """
     model, twin = summary["model"], summary.get("twin")
     name = "DEQ" if model["depth"] is None else f"stack of {model['depth']}"
     heads = [name, *([f"twin, {twin['depth']} blocks"] if twin else [])]
@@ -67,8 +72,9 @@ def render(summary: Mapping[str, Any], config: RunConfig) -> str:
         if any(cells):
             lines.append((f"{label:<{width}}" + "".join(f"{cell:>20}" for cell in cells)).rstrip())
     sample = "sample.txt, " if summary["sample"] else ""
-    lines += ["", f"saved in {summary['folder']}: plots, {sample}summary.json, metrics.jsonl, TensorBoard events", ""]
-    lines += ["what to try next", *(f"  {why:<32}{command}" for command, why in _next(summary, config))]
+    events = ", TensorBoard events" if "tensorboard" in config.trackers else ""
+    lines += ["", f"saved in {summary['folder']}: plots, {sample}summary.json, metrics.jsonl{events}", ""]
+    lines += ["what to try next", *(f"  {why:<32}{command}" for command, why in _next(summary, config, typed))]
     return "\n".join(lines)
 
 
@@ -114,36 +120,37 @@ def _column(model: Mapping[str, Any]) -> dict[str, str]:
     return cells
 
 
-def _next(summary: Mapping[str, Any], config: RunConfig) -> list[tuple[str, str]]:
+def _next(summary: Mapping[str, Any], config: RunConfig, typed: Sequence[str]) -> list[tuple[str, str]]:
     run, model = shlex.quote(summary["folder"]), summary["model"]
-    anew = f"equilibria train {summary['recipe']}"
-    if config.data.data_dir is not None:
-        anew += f" --data-dir {shlex.quote(shown_path(config.data.data_dir))}"
-    advice = [(f'equilibria generate {run} --prompt "The " --compare', "write text")] if summary["sample"] else []
+    again = f"equilibria train {summary['recipe']} --resume --run-dir {run}"
+
+    def anew(option: str, value: float) -> str:
+        """The command of the run with one option changed."""
+        own = without(typed, "data-dir", option)
+        if config.data.data_dir is not None:
+            own += ["--data-dir", shown_path(config.data.data_dir)]
+        return shlex.join(["equilibria", "train", summary["recipe"], *own, f"--{option}", f"{value:g}"])
+
+    hints = [(f'equilibria generate {run} --prompt "The " --compare', "write text")] if summary["sample"] else []
     if model["depth"] is None:
         rtol = config.solver.rtol if config.solver.eval_rtol is None else config.solver.eval_rtol
-        advice.append((f"equilibria eval {run} --rtol {10 * (rtol or 1e-3):g}", "fewer evaluations"))
-    advice.append((f"tensorboard --logdir {run}", "watch the curves"))
+        hints.append((f"equilibria eval {run} --rtol {10 * (rtol or 1e-3):g}", "fewer evaluations"))
+    hints.append((f"equilibria report {run}", "see all of it on one page"))
+    if "tensorboard" in config.trackers:
+        hints.append((f"tensorboard --logdir {run}", "watch the curves"))
     if model["depth"] is None and (model["unconverged"] or 0) > 0.5:
-        more = 2 * config.solver.max_evals
-        advice.append((f"{anew} --max-evals {more}", "most solves spent their budget"))
+        hints.append((anew("max-evals", 2 * config.solver.max_evals), "most solves spent their budget"))
     if model["steps"] < config.optim.steps and config.optim.minutes is not None:
-        advice.append(
-            (
-                f"equilibria train {summary['recipe']} --resume --run-dir {run} --minutes {2 * config.optim.minutes:g}",
-                f"stopped by --minutes, of {config.optim.steps:,}",
-            )
+        hints.append(
+            (f"{again} --minutes {2 * config.optim.minutes:g}", f"stopped by --minutes, of {config.optim.steps:,}")
         )
     elif model["best_step"] == model["steps"]:
-        advice.append(
-            (
-                f"equilibria train {summary['recipe']} --resume --run-dir {run} --steps {2 * model['steps']}",
-                "it was still improving",
-            )
-        )
+        hints.append((f"{again} --steps {2 * model['steps']}", "it was still improving"))
     else:
-        advice.append((f"{anew} --dropout 0.1", f"best at step {model['best_step']:,}"))
-    return advice
+        option, dropout = dropout_option(config)
+        more = min(round(dropout + 0.1, 2), 0.9)
+        hints.append((anew(option.removeprefix("--"), more), f"best at step {model['best_step']:,}"))
+    return hints
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:

@@ -1,6 +1,7 @@
 """Where a run keeps its files.
 
 config.json          the resolved configuration
+command.txt          what was typed, one line for each start
 tokenizer/           what turns text into tokens
 checkpoints/         step-XXXXXXXX/, the last few, to resume from (see `equilibria.train.checkpoint`)
 best/                the weights with the lowest validation loss
@@ -36,6 +37,11 @@ class RunFolder:
     def config(self) -> Path:
         """The resolved configuration."""
         return self.path / "config.json"
+
+    @property
+    def command(self) -> Path:
+        """The commands that began and resumed the run."""
+        return self.path / "command.txt"
 
     @property
     def tokenizer(self) -> Path:

@@ -92,7 +92,7 @@ def _read(folder: RunFolder, name: str) -> RunView:
         traces=read_metrics(folder.traces),
         summary=_json(folder.summary),
         sample=_text(folder.sample),
-        command=_text(folder.path / "command.txt"),
+        command=_text(folder.command),
         failures=[_failure(path) for path in sorted((folder.path / "failures").glob("step-*"))],
         twin=_read(twin, f"{name}, twin") if twin.config.is_file() else None,
     )
