@@ -27,7 +27,8 @@ def f(z: Tensor, W: Tensor, x: Tensor) -> Tensor:
 
 
 def ours(W: Tensor, x: Tensor, adjoint: Any = None) -> Tensor:
-    return fixed_point(f, torch.zeros(len(x), SIZE), W, x, stopping=TIGHT, adjoint=adjoint or Implicit(stopping=TIGHT)).z
+    adjoint = adjoint or Implicit(stopping=TIGHT)
+    return fixed_point(f, torch.zeros(len(x), SIZE), W, x, stopping=TIGHT, adjoint=adjoint).z
 
 
 def theirs(W: Tensor, x: Tensor, **options: Any) -> Tensor:
@@ -101,7 +102,8 @@ def solves(W: Tensor, x: Tensor) -> list[dict[str, str]]:
             f"{float(info['rel_lowest'].max()):.1e} / {true:.1e}", f"{float(stats.relative.max()):.1e} / {really:.1e}"),
         row("a sample in a batch against the same sample alone, tolerance 1e-3",
             f"{alone(their_z, uneven):.0e}", f"{alone(our_z, uneven):.0e}"),
-        row("a misspelt option, `f_sovler=\"anderson\"`", f"ignored: solves with `{typo.f_solver.__name__}`", "`TypeError`"),
+        row("a misspelt option, `f_sovler=\"anderson\"`",
+            f"ignored: solves with `{typo.f_solver.__name__}`", "`TypeError`"),
     ]  # fmt: skip
 
 

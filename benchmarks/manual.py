@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from report import load, table, where
 
@@ -39,25 +38,23 @@ def solvers() -> str:
 
 
 def overhead() -> str:
-    """Time of a solve over that of its evaluations, by problem and solver."""
-    result = load("choosing")
-    rows = [[name, *(f"{s['time']:.2f}" for s in row["solvers"].values())] for name, row in result["solvers"].items()]
-    return table(["problem", *(f"`{name}`" for name in next(iter(result["solvers"].values()))["solvers"])], rows)
+    """Milliseconds that a solver adds to an evaluation, by problem and solver."""
+    result = load("choosing")["solvers"]
+    rows = [
+        [name, f"{row['f_ms']:.2f}", *(f"+ {s['added_ms']:.2f}" for s in row["solvers"].values())]
+        for name, row in result.items()
+    ]
+    return table(["problem", "one f", *(f"`{name}`" for name in next(iter(result.values()))["solvers"])], rows)
 
 
 def adjoints() -> str:
     """Error, cost and memory, by adjoint and problem."""
     result = load("choosing")["adjoints"]
-    names = next(iter(result.values()))["adjoints"]
     rows = []
-    for name in names:
-        cells = []
-        for problem in result.values():
-            found = problem["adjoints"][name]
-            cells += [f"{found['error']:.0e}", f"{found['cost']:.0f}", f"{found['held_states']:,.0f}"]
-        rows.append([adjoint(name), *cells])
-    head = [f"{name}, ρ {row['radius']:.2f}: {what}" for name, row in result.items() for what in ("error", "cost", "held")]
-    return table(["adjoint", *head], rows)
+    for name in next(iter(result.values()))["adjoints"]:
+        found = [problem["adjoints"][name] for problem in result.values()]
+        rows.append([adjoint(name), *(f"{f['error']:.0e} · {f['cost']:.0f} · {f['held_states']:,.0f}" for f in found)])
+    return table(["error · cost · held", *(f"{name}, ρ {row['radius']:.2f}" for name, row in result.items())], rows)
 
 
 def adjoint(name: str) -> str:

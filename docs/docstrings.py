@@ -24,6 +24,8 @@ def _block(block: str) -> str:
         indent = " " * (len(lines[start]) - len(lines[start].lstrip()))
         before = [_escaped(line) for line in lines[:start]]
         return "\n".join([*before, "", f"{indent}```pycon", *lines[start:], f"{indent}```"]).lstrip("\n")
+    if block.startswith("    "):  # code already
+        return block
     if len(lines) > 1 and all("  " in line.strip() for line in lines):  # equations, one a line
         return "\n".join(f"{_escaped(line)}<br>" for line in lines)
     return "\n".join(_escaped(line) for line in lines)

@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -187,7 +188,7 @@ FIGURES: dict[str, tuple[Callable[[Figure], None], tuple[float, float]]] = {
 def style(colours: dict[str, Any]) -> dict[str, Any]:
     text, grid = colours["text"], colours["grid"]
     return {
-        "axes.prop_cycle": mpl.cycler(color=colours["cycle"]),
+        "axes.prop_cycle": cycler(color=colours["cycle"]),
         "axes.edgecolor": grid, "axes.labelcolor": text, "axes.titlecolor": text, "text.color": text,
         "xtick.color": text, "ytick.color": text, "axes.grid": True, "grid.color": grid, "grid.linewidth": 0.5,
         "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11, "axes.facecolor": "none",
@@ -204,7 +205,7 @@ def draw(name: str, folder: Path = FOLDER) -> list[Path]:
     paths = []
     for suffix, colours in (("", LIGHT), ("-dark", DARK)):
         torch.manual_seed(3)
-        with mpl.rc_context(style(colours)):
+        with mpl.rc_context(style(colours)):  # pyright: ignore[reportArgumentType]
             figure = Figure(figsize=size, layout="constrained")
             make(figure)
             for ax in figure.axes:
