@@ -34,7 +34,7 @@ def _block(block: str) -> str:
 def _escaped(line: str) -> str:
     """Outside of `code`: * is a sign here, never emphasis, and < is no tag."""
     parts = _CODE.split(line)
-    return "".join(part if part.startswith("`") else re.sub(r"([*<])", r"\\\1", part) for part in parts)
+    return "".join(part if part.startswith("`") else part.replace("*", r"\*").replace("<", "&lt;") for part in parts)
 
 
 class Docstrings(Extension):
