@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from equilibria.data import BytePair, Corpus, Split
 from equilibria.train.checkpoint import load_tensors
 from equilibria.train.config import DataConfig, OptimConfig, RunConfig, SolveConfig, TransformerModel
 from equilibria.train.loop import Trainer
@@ -29,6 +31,18 @@ CONFIG = RunConfig(
 
 
 CIRCUMSTANCES = ("seconds", "step", "train/tokens_per_second", "train/memory_bytes")
+
+
+def small_corpus() -> Corpus:
+    """A generated text of 320 tokens."""
+    draw = random.Random(0)
+    text = "".join(draw.choice("abcd ") for _ in range(400))
+    tokenizer = BytePair.train(text, 256)
+
+    def split(begin: int, end: int) -> Split:
+        return Split(torch.tensor(tokenizer.encode(text[begin:end])), end - begin)
+
+    return Corpus("text", split(0, 160), split(160, 240), split(240, 320), tokenizer, text[240:320])
 
 
 def with_optim(**changes: Any) -> RunConfig:

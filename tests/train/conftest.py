@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_runs import CONFIG, Make
+from small_runs import CONFIG, Make, small_corpus
 
-from equilibria.data import BytePair, Corpus, Split
+from equilibria.data import Corpus
 from equilibria.recipes.build import build_model
 from equilibria.train.config import RunConfig
 from equilibria.train.interrupt import StopRequest
@@ -20,14 +19,7 @@ from equilibria.train.run_folder import RunFolder
 
 @pytest.fixture(scope="module")
 def corpus() -> Corpus:
-    draw = random.Random(0)
-    text = "".join(draw.choice("abcd ") for _ in range(400))
-    tokenizer = BytePair.train(text, 256)
-
-    def split(begin: int, end: int) -> Split:
-        return Split(torch.tensor(tokenizer.encode(text[begin:end])), end - begin)
-
-    return Corpus("text", split(0, 160), split(160, 240), split(240, 320), tokenizer, text[240:320])
+    return small_corpus()
 
 
 @pytest.fixture
