@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from equilibria.solution import UserError
 from equilibria.train import trackers
+from equilibria.train.advice import RULES, bf16_floor
 from equilibria.train.config import RunConfig, to_json
 from equilibria.train.interrupt import Interrupted, StopRequest
 from equilibria.train.run_folder import RunFolder, read_metrics
@@ -83,6 +84,17 @@ def test_gradient_norms_and_clipped_steps_are_recorded(make: Make):
         assert [row["train/clipped"] for row in rows] == [clipped] * 3
         first.append(rows[0]["train/gradient_norm"])
     assert first[0] == first[1] > 1e-3  # of the same weights, and before clipping
+
+
+def test_the_manual_names_every_metric_and_every_kind_of_advice(make: Make):
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "watch.md").read_text(encoding="utf-8")
+    trainer = make(with_optim(steps=4))
+    trainer.run()
+    names = {name for row in read_metrics(trainer.folder.metrics) for name in row}
+    assert {"train/clipped", "backward/unconverged", "valid/bits_per_byte"} <= names
+    assert [name for name in names if f"`{name}`" not in page] == []
+    kinds = [rule.__name__.replace("_", " ") for rule in (*RULES, bf16_floor)]
+    assert [kind for kind in kinds if f"| {kind} |" not in page] == []
 
 
 @pytest.mark.parametrize("when", ["begin", "log", "finish"])
