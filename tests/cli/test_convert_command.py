@@ -20,7 +20,7 @@ from equilibria.interop.original.configuration import build
 from equilibria.interop.original.names import original_name, translate
 from equilibria.models.deq_transformer import DEQTransformerLM, TransformerShape
 from equilibria.models.language_model import EquilibriumLM
-from equilibria.recipes.build import build_model
+from equilibria.recipes.build import build_corpus, build_model
 from equilibria.train.checkpoint import load_state, load_weights
 from equilibria.train.run_folder import RunFolder
 
@@ -135,7 +135,9 @@ def treebank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_evaluate_and_generate(original: Path, treebank: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_and_generate(
+    original: Path, treebank: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with_text, without = tmp_path / "with", tmp_path / "without"
     argv = ["--corpus", "penn-treebank", "--tgt-len", "12", "--mem-len", "12"]
     assert main(["convert", str(original), str(with_text), *argv, "--data-dir", str(treebank)]) == 0
@@ -144,7 +146,10 @@ def test_evaluate_and_generate(original: Path, treebank: Path, tmp_path: Path, c
     capsys.readouterr()
     assert main(["eval", str(with_text)]) == 0
     first = capsys.readouterr().out
+    read: list[object] = []
+    monkeypatch.setattr("equilibria.cli.load.build_corpus", lambda data: read.append(data) or build_corpus(data))
     assert main(["eval", str(without), "--data-dir", str(treebank)]) == 0
+    assert len(read) == 1, "once for the tokenizer and the text"
     second = capsys.readouterr().out
     perplexity = [next(line for line in text.splitlines() if "perplexity" in line) for text in (first, second)]
     assert perplexity[0] == perplexity[1]
