@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-WIDTH = "100"
+WIDTH = "88"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -37,8 +37,10 @@ def help_of(words: list[str]) -> str:
 
 
 def _unframed(line: str) -> str | None:
+    """A line of a frame, drawn in lines or, where the output is no terminal, in blanks and hyphens."""
     if line.startswith("╭"):
         return line.strip("╭╮─ ") + ":"
     if line.startswith("╰"):
         return ""
-    return line.removeprefix("│").removesuffix("│").rstrip()
+    line = line.removeprefix("│").removesuffix("│").rstrip()
+    return None if re.fullmatch(r" ?-{9,}", line) else line
