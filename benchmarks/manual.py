@@ -53,7 +53,9 @@ def adjoints() -> str:
     rows = []
     for name in next(iter(result.values()))["adjoints"]:
         found = [problem["adjoints"][name] for problem in result.values()]
-        rows.append([adjoint(name), *(f"{f['error']:.0e} · {f['cost']:.0f} · {f['held_states']:,.0f}" for f in found)])
+        rows.append(
+            [adjoint(name), *(f"{f['error']:.0e} · {max(0.0, f['cost']):.0f} · {f['held_states']:,.0f}" for f in found)]
+        )
     return table(["error · cost · held", *(f"{name}, ρ {row['radius']:.2f}" for name, row in result.items())], rows)
 
 
