@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from equilibria.cli.errors import describe
+
 HELP = """\
 usage: equilibria COMMAND ...
 
@@ -33,14 +35,6 @@ commands
 """
 
 COMMANDS = ("train", "eval", "generate", "report", "data", "convert", "export")
-EXTRAS = {
-    "lm": (
-        "accelerate", "cattrs", "filelock", "jinja2", "matplotlib", "numpy", "psutil", "safetensors", "tensorboard",
-        "tokenizers", "tqdm", "tyro",
-    ),
-    "hf": ("datasets", "pyarrow", "transformers"),
-}  # fmt: skip
-"""An extra of the package -> the packages that it brings."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,36 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(argv)
-    except KeyboardInterrupt:
-        return _fail("aborted", 130)
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except ModuleNotFoundError as error:
-        extra = next((extra for extra, names in EXTRAS.items() if (error.name or "").split(".")[0] in names), None)
-        if extra is None:
+    except (Exception, KeyboardInterrupt) as error:
+        if (found := describe(error)) is None:
             raise
-        return _fail(f'the package {error.name} is missing; install it with: pip install "equilibria[{extra}]"', 2)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        return _fail(f"cannot use {error.filename}: {error.strerror}; check the path, its permissions and the disk", 2)
-    except Exception as error:
-        return _explain(error)
-
-
-def _explain(error: Exception) -> int:
-    import torch
-
-    from equilibria.solution import NonFiniteError, UserError
-
-    if isinstance(error, UserError):
-        return _fail(str(error), 2)
-    if isinstance(error, NonFiniteError):
-        return _fail(str(error), 1)
-    if isinstance(error, torch.OutOfMemoryError):
-        return _fail("the GPU is out of memory; try a smaller --batch-size or --length", 1)
-    raise error
+        return _fail(*found)
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -16,6 +16,7 @@ import torch
 import tyro
 
 from equilibria.cli.artefacts import finish
+from equilibria.cli.job import job
 from equilibria.cli.load import check_vocabulary, with_own_tokenizer
 from equilibria.cli.parse import parse
 from equilibria.data import Corpus, SequenceSplit
@@ -25,13 +26,16 @@ from equilibria.recipes.build import build_corpus, build_model
 from equilibria.solution import UserError
 from equilibria.train.checkpoint import load_weights
 from equilibria.train.config import FIXED_ON_RESUME, RunConfig, changed_fields
-from equilibria.train.interrupt import Interrupted, StopRequest
+from equilibria.train.distributed import ALONE, Ranks
+from equilibria.train.interrupt import Interrupted, StopRequest, StopTogether
 from equilibria.train.loop import Trainer
 from equilibria.train.memory import keep_freed_memory
+from equilibria.train.parallel import as_launched
 from equilibria.train.report import shown_path
 from equilibria.train.run_folder import RunFolder, create_run, newest_run, open_run
 from equilibria.train.trackers import check_trackers
 from equilibria.train.typed import add_command
+from equilibria.train.whole import load_whole_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +55,15 @@ class TrainOptions:
 
 
 def train_command(argv: Sequence[str]) -> int:
-    """Run `equilibria train`."""
+    """Run `equilibria train`, in all processes of a job."""
+    with job() as ranks:
+        return _train_command(argv, ranks)
+
+
+def _train_command(argv: Sequence[str], ranks: Ranks) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print(_recipes_help())
+        if ranks.is_main:
+            print(_recipes_help())
         return 0
     recipe, rest = argv[0], argv[1:]
     if recipe not in RECIPES:
@@ -63,11 +73,11 @@ def train_command(argv: Sequence[str]) -> int:
     scale = _scale(rest)
     default = scaled(RECIPES[recipe](), scale)
     if load := _value(rest, "--load"):
-        default = _with_model_of(open_run(Path(load)).load_config(), default)
+        default = _with_model_of(ranks.from_main(lambda: open_run(Path(load)).load_config()), default)
     options = _parse(recipe, rest, default)
     folder = None
     if options.resume:
-        folder, stored = _stored_run(recipe, options.run_dir)
+        folder, stored = ranks.from_main(lambda: _stored_run(recipe, options.run_dir))
         if scale != 1 and options.config.model != stored.model:
             raise UserError(f"a resumed run keeps its size, which is not that of --scale {scale:g}; leave --scale out")
         options = dataclasses.replace(_parse(recipe, rest, stored), load=None)  # the checkpoint has the weights
@@ -77,46 +87,61 @@ def train_command(argv: Sequence[str]) -> int:
                 f"a resumed run cannot change {', '.join(changes)}: the checkpoint depends on it; "
                 "leave that option out, or leave --resume out to start a new run"
             )
-    config = _with_absolute_paths(options.config)
+    config = as_launched(_with_absolute_paths(options.config))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     check_trackers(config.trackers)
     keep_freed_memory()
     data = config.data if folder is None else with_own_tokenizer(config.data, folder)
-    corpus = build_corpus(data, note=lambda line: print(f"text: {line}", file=sys.stderr, flush=True))
+    with ranks.main_first("corpus"):
+        corpus = build_corpus(data, note=_note if ranks.is_main else lambda line: None)
     if options.load is not None:
-        check_vocabulary(RunFolder(options.load), corpus, config.data)
+        other = RunFolder(options.load)
+        ranks.from_main(lambda: check_vocabulary(other, corpus, config.data))
     if folder is None:
-        folder = create_run(recipe, options.run_dir)
-    with StopRequest() as stop:
+        folder = ranks.from_main(lambda: create_run(recipe, options.run_dir))
+    with StopRequest(quiet=not ranks.is_main) as stop:
         try:
-            _train_all(config, corpus, folder, stop, options.load, ["equilibria", "train", *argv])
+            _train_all(config, corpus, folder, stop, options.load, ["equilibria", "train", *argv], ranks)
         except Interrupted:
-            command = f"equilibria train {recipe} --resume --run-dir {shlex.quote(shown_path(folder.path))}"
-            print(f"stopped; everything is saved. Continue with: {command}", file=sys.stderr)
+            if ranks.is_main:
+                command = f"equilibria train {recipe} --resume --run-dir {shlex.quote(shown_path(folder.path))}"
+                print(f"stopped; everything is saved. Continue with: {command}", file=sys.stderr)
         except UserError:
-            with contextlib.suppress(OSError):  # a run that never began leaves no folder; one with files stays
-                folder.path.rmdir()
+            if ranks.is_main:
+                with contextlib.suppress(OSError):  # a run that never began leaves no folder; one with files stays
+                    folder.path.rmdir()
             raise
     return 0
 
 
 def _train_all(
-    config: RunConfig, corpus: Corpus, folder: RunFolder, stop: StopRequest, load: Path | None, typed: Sequence[str]
+    config: RunConfig,
+    corpus: Corpus,
+    folder: RunFolder,
+    stop: StopRequest,
+    load: Path | None,
+    typed: Sequence[str],
+    ranks: Ranks,
 ) -> None:
-    print(
-        f"{config.recipe}: {corpus.train.tokens.numel():,} training tokens, vocabulary {corpus.tokenizer.size:,} "
-        f"-> {shown_path(folder.path)}",
-        file=sys.stderr,
-        flush=True,
-    )
+    if ranks.is_main:
+        processes = "" if ranks.count == 1 else f", {ranks.count} processes"
+        print(
+            f"{config.recipe}: {corpus.train.tokens.numel():,} training tokens, vocabulary {corpus.tokenizer.size:,} "
+            f"-> {shown_path(folder.path)}{processes}",
+            file=sys.stderr,
+            flush=True,
+        )
     label = "DEQ" if config.model.depth is None else "stack"
-    trained = train_model(config, corpus, folder, stop, label=label, load=load, typed=typed)
+    trained = train_model(config, corpus, folder, stop, label=label, load=load, typed=typed, ranks=ranks)
     if config.wants_twin:
-        stop.check()
+        StopTogether(stop, ranks).check(at_once=True)
         last_step = trained.state.step
-        train_model(config.for_twin(), corpus, folder.twin, stop, label="twin", last_step=last_step, load=load)
-    print(finish(config, corpus, folder, stop), flush=True)
+        twin = config.for_twin()
+        train_model(twin, corpus, folder.twin, stop, label="twin", last_step=last_step, load=load, ranks=ranks)
+    ranks.close()
+    if ranks.is_main:
+        print(finish(config, corpus, folder, stop), flush=True)
 
 
 def train_model(
@@ -129,6 +154,7 @@ def train_model(
     last_step: int | None = None,
     load: Path | None = None,
     typed: Sequence[str] = (),
+    ranks: Ranks = ALONE,
 ) -> Trainer:
     """Train one model in its folder, from the checkpoint there if there is one, else from the weights of the run `load`.
 
@@ -139,15 +165,22 @@ def train_model(
     if config.start_from_frequencies:  # the weights of a run or a checkpoint, where there are any, write over it
         start_from_frequencies(model, _frequencies(corpus))
     if load is not None:
-        load_weights(RunFolder(load).weights, model)
-    trainer = Trainer(model, corpus, config, folder, stop=stop, last_step=last_step, label=label)
-    folder.store_config(config)
-    if typed:
-        add_command(folder.command, typed)
-    folder.tokenizer.mkdir(exist_ok=True)
-    corpus.tokenizer.save(folder.tokenizer)
+        weights = RunFolder(load).weights
+        ranks.from_main(lambda: load_weights(weights, model))
+        load_whole_weights(model, model.state_dict(), ranks)
+    trainer = Trainer(model, corpus, config, folder, stop=stop, last_step=last_step, label=label, ranks=ranks)
+    if ranks.is_main:
+        folder.store_config(config)
+        if typed:
+            add_command(folder.command, typed)
+        folder.tokenizer.mkdir(exist_ok=True)
+        corpus.tokenizer.save(folder.tokenizer)
     trainer.run()
     return trainer
+
+
+def _note(line: str) -> None:
+    print(f"text: {line}", file=sys.stderr, flush=True)
 
 
 def _frequencies(corpus: Corpus) -> torch.Tensor:

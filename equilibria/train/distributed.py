@@ -18,6 +18,7 @@ from equilibria.solution import UserError
 T = TypeVar("T")
 # The first process may have a corpus to fetch and cut into tokens while the others wait for it.
 PATIENCE = datetime.timedelta(hours=12)
+MOMENT = datetime.timedelta(seconds=2)
 
 
 class Ranks:
@@ -124,6 +125,17 @@ class Ranks:
             if first_here:
                 store.set(f"{name}/machine/{machine}", "done")
 
+    def blame(self, message: str) -> dict[int, str]:
+        """Leave word that this process cannot go on, and why; return the messages of all that can not, by rank.
+
+        No meeting: the others may be anywhere. Those that fail in the same way do so within moments, and are waited for.
+        """
+        store = _store()
+        store.set(f"fault/{self.rank}", message)
+        with contextlib.suppress(dist.DistError):  # it has waited for nothing where the others go on
+            store.wait([f"fault/{rank}" for rank in range(self.count)], MOMENT)
+        return {rank: store.get(f"fault/{rank}").decode() for rank in range(self.count) if store.check([f"fault/{rank}"])}
+
     def close(self) -> None:
         """Leave the job; afterwards no process may wait for another."""
         if self.count > 1 and dist.is_initialized():
@@ -133,15 +145,39 @@ class Ranks:
 ALONE = Ranks()
 
 
-def join_job(*, threads: int | None = None) -> Ranks:
+def join_job() -> Ranks:
     """Meet the other processes that `torchrun` or `accelerate launch` has started, if it has started any.
 
-    On GPUs they speak NCCL, on CPUs gloo.
+    On GPUs they speak NCCL, on CPUs gloo. Each gets its share of the cores, unless OMP_NUM_THREADS says otherwise.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks(device=PartialState().device)
-    state = PartialState(cpu=not torch.cuda.is_available())
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if here > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # to which torchrun sets it
+        torch.set_num_threads(max(1, _cores() // here))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else Accelerate chooses, and warns of it
+    try:
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+        state = PartialState(cpu=on_cpu or not torch.cuda.is_available())
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"process {os.environ.get('RANK', '?')} of {os.environ['WORLD_SIZE']} did not find the others ({reason}); "
+            "start them all with torchrun or accelerate launch, and give each machine the same --rdzv-endpoint"
+        ) from error
     return Ranks(state.process_index, state.num_processes, state.device)
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether an error only says that another process of the job is gone."""
+    signs = ("gloo", "Connection closed by peer", "NCCL")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _store() -> Any:

@@ -15,10 +15,13 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM sets `requested`; a SIGINT after it raises KeyboardInterrupt as usual."""
+    """While entered, the first SIGINT or SIGTERM sets `requested`; a SIGINT after it raises KeyboardInterrupt as usual.
 
-    def __init__(self) -> None:
-        self.requested = False
+    It says so on standard error unless `quiet`, as all processes of a job but one should be.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.requested, self.quiet = False, quiet
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -40,8 +43,9 @@ class StopRequest:
                 raise KeyboardInterrupt
             return  # a job system may ask more than once
         self.requested = True
-        # Not print: its buffer may be in use by the very code that the signal interrupted.
-        os.write(2, b"\nstopping after this step; ctrl-C again aborts\n")
+        if not self.quiet:
+            # Not print: its buffer may be in use by the very code that the signal interrupted.
+            os.write(2, b"\nstopping after this step; ctrl-C again aborts\n")
 
 
 class StopTogether:
@@ -55,11 +59,11 @@ class StopTogether:
         self.agreed = False
         self._checks = 0
 
-    def check(self) -> None:
+    def check(self, *, at_once: bool = False) -> None:
         """Raise Interrupted on all processes if a stop was requested of one; all must call it equally often."""
         if self.ranks.count > 1:
             self._checks += 1
-            if self._checks % self.every == 0:
+            if at_once or self._checks % self.every == 0:
                 self.agreed = self.ranks.any(self.stop.requested)
         self.check_agreed()
 

@@ -1,0 +1,41 @@
+"""What the command line says of an error."""
+
+from __future__ import annotations
+
+EXTRAS = {
+    "lm": (
+        "accelerate", "cattrs", "filelock", "jinja2", "matplotlib", "numpy", "psutil", "safetensors", "tensorboard",
+        "tokenizers", "tqdm", "tyro",
+    ),
+    "hf": ("datasets", "pyarrow", "transformers"),
+}  # fmt: skip
+"""An extra of the package -> the packages that it brings."""
+
+
+def describe(error: BaseException) -> tuple[str, int] | None:
+    """One line that says what to do, and the exit code; None for an error that is no fault of the user's."""
+    import torch  # not needed to say that a package is missing, but by then it is there
+
+    from equilibria.solution import NonFiniteError, UserError
+
+    match error:
+        case KeyboardInterrupt():
+            return "aborted", 130
+        case ModuleNotFoundError() if extra := _extra(error):
+            return f'the package {error.name} is missing; install it with: pip install "equilibria[{extra}]"', 2
+        case OSError() if error.filename is not None:
+            return f"cannot use {error.filename}: {error.strerror}; check the path, its permissions and the disk", 2
+        case UserError():
+            return str(error), 2
+        case NonFiniteError():
+            return str(error), 1
+        case torch.OutOfMemoryError():
+            return "the GPU is out of memory; try a smaller --batch-size or --length", 1
+        case _:
+            return None
+
+
+def _extra(error: ModuleNotFoundError) -> str | None:
+    """The extra that brings the missing package."""
+    package = (error.name or "").split(".")[0]
+    return next((extra for extra, names in EXTRAS.items() if package in names), None)
