@@ -163,6 +163,15 @@ def test_padding_on_either_side_changes_nothing(family: str, options: dict[str, 
         torch.testing.assert_close(found, model(alone.flip(1)).logits, rtol=1e-8, atol=1e-8)
 
 
+def test_the_loss_of_texts_of_several_lengths_is_that_of_each_alone() -> None:
+    model, lengths = make(), (9, 4, 2)
+    left, mask = left_padded(text(), lengths)
+    rows = [left[row : row + 1, 9 - length :] for row, length in enumerate(lengths)]
+    alone = sum(model(row, labels=row).loss * (row.shape[1] - 1) for row in rows) / (sum(lengths) - 3)
+    for labels in (left, left.masked_fill(mask == 0, -100)):
+        torch.testing.assert_close(model(left, attention_mask=mask, labels=labels).loss, alone, rtol=1e-8, atol=1e-8)
+
+
 def test_what_cannot_be_is_refused() -> None:
     model, tokens = make(), text()
     with pytest.raises(ValueError, match="padding inside the text of row 1"):

@@ -95,7 +95,8 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: (B, L) int64.
             attention_mask: (B, M + L), 0 where there is padding, before or behind a text, else 1; M tokens are in
                 `past_key_values`.
-            labels: (B, L), usually input_ids: the label of a token is predicted at the one before it; -100 is not.
+            labels: (B, L), usually input_ids: the label of a token is predicted at the one before it. -100 is not
+                predicted, nor is the first token of a text behind padding.
             past_key_values: what an earlier call returned; it is extended.
             use_cache: whether to return `past_key_values`; None for the configuration's.
             memory: of the segment before, or `empty_memory(B)` at the start of a text.
@@ -116,6 +117,9 @@ class EquilibriumForCausalLM(PreTrainedModel, GenerationMixin):
                 logits = self.lm.softmax.log_prob(_kept(hidden, logits_to_keep))
             if labels is not None:
                 whole = isinstance(logits_to_keep, int) and logits_to_keep == 0
+                if attention_mask is not None:
+                    at_padding = attention_mask[:, -labels.shape[1] :].roll(1, dims=1) == 0
+                    labels = labels.masked_fill(at_padding.to(labels.device), IGNORED)
                 loss = self._loss(hidden, logits if whole else None, labels, num_items_in_batch, others["jacobian"])
         shown = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = EquilibriumOutput(loss=loss, logits=logits, hidden_states=(z,) if shown else None, **others)
