@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from huggingface_models import CASES, V, left_padded, make, text
-from transformers import DynamicCache
+from transformers import DynamicCache, pipeline
 
-from equilibria.interop.huggingface import EquilibriumCache
+from equilibria.data import Vocabulary
+from equilibria.interop.huggingface import EquilibriumCache, huggingface_tokenizer
 from equilibria.models import generate
 
 NEW = 7
@@ -59,6 +60,19 @@ def test_texts_of_several_lengths_go_on_as_each_alone(family: str, options: dict
     for row, length in enumerate(lengths):
         alone = more(model, tokens[row : row + 1, 9 - length :], **search)
         assert torch.equal(together[row : row + 1, 9 - length :], alone)
+
+
+@pytest.mark.parametrize("family", ["transformer", "trellisnet"])
+def test_a_pipeline_continues_texts_of_several_lengths(family: str) -> None:
+    model, tokenizer = make(family), huggingface_tokenizer(Vocabulary(["<eos>", "<unk>", *"abcdefghijklmnopqrstu"]))
+    write: Any = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    settings = {"max_new_tokens": NEW, "do_sample": False, "return_full_text": False, "skip_special_tokens": False}
+    prompts = ["a b c d", "e", "f\ng\n\nh"]
+    together = [each[0]["generated_text"] for each in write(prompts, batch_size=3, **settings)]
+    assert together == [write(prompt, **settings)[0]["generated_text"] for prompt in prompts]
+    longer = more(model, torch.tensor([tokenizer.encode(prompts[0])]))[0, 4:].tolist()
+    said: Any = tokenizer.decode(longer)
+    assert together[0].split() == said.split()
 
 
 def test_a_returned_cache_goes_on() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -63,12 +64,11 @@ def test_the_same_ids_and_the_same_text(kind: str) -> None:
     assert len(LOADED[kind]) == KINDS[kind][0].size
 
 
+PIECES = [*"aZ\u00e9 \n\t\u00ff", "<unk>", "<eos>", " the ", "cat", "##", "\u65e5", "\x1f"]
+
+
 @settings(max_examples=40)
-@given(
-    text=st.lists(st.sampled_from([*"aZ\u00e9 \n\t\u00ff", "<unk>", "<eos>", " the ", "cat", "##", "\u65e5", "\x1f"])).map(
-        "".join
-    )
-)
+@given(text=st.lists(st.sampled_from(PIECES)).map("".join))
 def test_for_every_text(kind: str, text: str) -> None:
     same(kind, text)
 
@@ -83,7 +83,7 @@ def test_every_id_decodes_alike(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["letters"], indirect=True)
 def test_what_has_no_token_is_refused(kind: str) -> None:
-    with pytest.raises(Exception, match="Missing .* token"):
+    with pytest.raises(Exception, match="Missing"):
         LOADED[kind]("Zebra")
 
 
@@ -92,8 +92,8 @@ def test_a_tokenizer_of_the_hub_for_a_new_model(tmp_path: Path) -> None:
     backend.pre_tokenizer = WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, padding_side="left")
-    model = DEQTransformerForCausalLM(DEQTransformerConfig(vocab_size=len(tokenizer), d_model=8, n_head=2)).eval()
+    model: Any = DEQTransformerForCausalLM(DEQTransformerConfig(vocab_size=len(tokenizer), d_model=8, n_head=2)).eval()
     batch = tokenizer(["the cat", "the cat sat the cat"], return_tensors="pt", padding=True)
     ids = batch["input_ids"], batch["attention_mask"]
     longer = model.generate(ids[0], attention_mask=ids[1], max_new_tokens=3, do_sample=False)
-    assert longer.shape == (2, 8)  # pyright: ignore[reportAttributeAccessIssue]
+    assert longer.shape == (2, 8)

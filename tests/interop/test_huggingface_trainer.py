@@ -49,7 +49,8 @@ def test_a_resumed_run_is_the_run(family: str, tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     losses = [[row["loss"] for row in each.state.log_history if "loss" in row][-2:] for each in (whole, resumed)]
     assert losses[0] == losses[1]
-    for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+    models: list[Any] = [whole.model, resumed.model]
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(one, other)
 
 

@@ -11,7 +11,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders as backends
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from equilibria.data import Tokenizer
 from equilibria.data.byte_ids import Bytes
@@ -24,7 +24,7 @@ NO_TEXT_HAS = "\u00ff"
 """The byte 0xFF, which no UTF-8 text holds, as byte-level tokenizers spell it: it can end a text or pad it."""
 
 
-def huggingface_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
+def huggingface_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """The tokenizer as `AutoTokenizer` would load it; `save_pretrained` writes it.
 
     - Words: `<eos>`, the end of a line, is also the end of a text and the padding; `<unk>` is the unknown word. A decoder
