@@ -15,7 +15,18 @@ from pages import ROOT
 
 from equilibria.cli.main import COMMANDS
 
-PACKAGES = ("", "solvers", "adjoints", "nn", "regularizers", "diagnostics", "models", "data", "recipes", "interop.huggingface")
+PACKAGES = (
+    "",
+    "solvers",
+    "adjoints",
+    "nn",
+    "regularizers",
+    "diagnostics",
+    "models",
+    "data",
+    "recipes",
+    "interop.huggingface",
+)
 
 
 @pytest.fixture(scope="module")

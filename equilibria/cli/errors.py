@@ -22,7 +22,7 @@ def describe(error: BaseException) -> tuple[str, int] | None:
         case KeyboardInterrupt():
             return "aborted", 130
         case ModuleNotFoundError() if extra := _extra(error):
-            return f'the package {error.name} is missing; install it with: pip install "equilibria[{extra}]"', 2
+            return f'the package {_package(error)} is missing; install it with: pip install "equilibria[{extra}]"', 2
         case OSError() if error.filename is not None:
             return f"cannot use {error.filename}: {error.strerror}; check the path, its permissions and the disk", 2
         case UserError():
@@ -37,5 +37,8 @@ def describe(error: BaseException) -> tuple[str, int] | None:
 
 def _extra(error: ModuleNotFoundError) -> str | None:
     """The extra that brings the missing package."""
-    package = (error.name or "").split(".")[0]
-    return next((extra for extra, names in EXTRAS.items() if package in names), None)
+    return next((extra for extra, names in EXTRAS.items() if _package(error) in names), None)
+
+
+def _package(error: ModuleNotFoundError) -> str:
+    return (error.name or "").split(".")[0]

@@ -71,6 +71,9 @@ def test_what_the_folder_holds(trained: Path, exported: Path) -> None:
         *("config.json", "generation_config.json", "model.safetensors", "README.md", "equilibria_model.py"),
         *("tokenizer.json", "tokenizer_config.json"),
     }
+    generation = json.loads((exported / "generation_config.json").read_text())
+    end = AutoTokenizer.from_pretrained(exported).eos_token
+    assert ("eos_token_id" in generation) == (end == "<|endoftext|>")
     test = json.loads((trained / "summary.json").read_text())["model"]["test"]
     card = (exported / "README.md").read_text()
     assert f"| test perplexity per token | {test['perplexity']:.4g} |" in card

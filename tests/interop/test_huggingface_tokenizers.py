@@ -23,6 +23,7 @@ KINDS: dict[str, tuple[Tokenizer, str | None]] = {
     "symbols": (Vocabulary(["a", "b", "<unk>"], end_of_line=False), None),
     "bytes": (Bytes(), "\u00ff"),
     "letters": (Bytes(b" abcdefghijklmnopqrstuvwxyz\n"), None),
+    "documents": (BytePair.train(["the cat sat on the mat\n" * 9], 300, "<|endoftext|>"), "<|endoftext|>"),
     "byte-pair": (BytePair.train("the cat sat on the mat, and so did Zoë\n" * 9, 320), "\u00ff"),
 }
 LOADED: dict[str, PreTrainedTokenizerBase] = {}

@@ -54,10 +54,17 @@ def model_card(
             "",
             'Both need the package: `pip install "equilibria[hf]"`. '
             + ("" if tokenizer is not None else "There is no tokenizer here: the run was converted without its text. ")
-            + "A text is continued without end: no token stops it.",
+            + _ending(model),
             "",
         ]
     )
+
+
+def _ending(model: EquilibriumForCausalLM) -> str:
+    settings = model.generation_config
+    if settings is None or settings.eos_token_id is None:
+        return "A text is continued without end: no token stops it."
+    return "The token between documents ends a text."
 
 
 def _measured(summary: Mapping[str, Any]) -> list[str]:

@@ -46,9 +46,10 @@ def write_export(
     """Write all that `from_pretrained` reads, and a model card; returns the tokenizer. UserError if `target` exists."""
     refuse_existing(target)
     theirs = None if tokenizer is None else huggingface_tokenizer(tokenizer)
-    # No token ends a text: ours are read on and on, and an <eos> is the end of a line. Nor is one named for padding, or
+    # Without documents no token ends a text: an <eos> is the end of a line. Nor is one named for padding then, or
     # `generate` would take those in a prompt for it.
-    model.generation_config = GenerationConfig()
+    end = theirs.eos_token_id if theirs is not None and getattr(tokenizer, "end_of_text", None) else None
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=end)
 
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)

@@ -29,8 +29,8 @@ def huggingface_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
     - Words: `<eos>`, the end of a line, is also the end of a text and the padding; `<unk>` is the unknown word. A decoder
       that skips special tokens skips line ends: pass skip_special_tokens=False.
-    - Byte pairs and bytes: the byte 0xFF ends and pads a text, unless the tokenizer has a special token for that. It
-      stands in no text, so the model has never seen it. An alphabet without that byte leaves both unset.
+    - Byte pairs and bytes: the token between documents, where there is one, ends and pads a text; else the byte 0xFF,
+      which stands in no text, so that the model has never seen it. An alphabet without that byte leaves both unset.
 
     Special tokens that are spelled out in a text are read as the text they are, as by our own tokenizers.
     """
@@ -38,16 +38,11 @@ def huggingface_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     if isinstance(tokenizer, Vocabulary):
         backend = _words(tokenizer)
         special = {name: word for name, word in (("eos_token", EOS), ("unk_token", UNK)) if word in tokenizer.words}
-    elif isinstance(tokenizer, Bytes):
-        backend = _bytes(tokenizer)
     else:
-        backend = _saved(tokenizer)
-    if not isinstance(tokenizer, Vocabulary):
-        named = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
-        end = next((token for token in named if "end" in token or "/s" in token or "eos" in token), None)
-        if end is None and backend.token_to_id(NO_TEXT_HAS) is not None:
-            end = NO_TEXT_HAS
-        special = {} if end is None else {"eos_token": end}
+        backend = _bytes(tokenizer) if isinstance(tokenizer, Bytes) else _saved(tokenizer)
+        end = getattr(tokenizer, "end_of_text", None) or NO_TEXT_HAS
+        if backend.token_to_id(end) is not None:
+            special = {"eos_token": end}
     if "eos_token" in special:
         special["pad_token"] = special["eos_token"]
     fast = PreTrainedTokenizerFast(
@@ -57,8 +52,9 @@ def huggingface_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         padding_side="left",
         **special,
     )
-    if len(fast) != tokenizer.size:
-        raise UserError(f"the tokenizer has {tokenizer.size:,} tokens, but {len(fast):,} in the form of Hugging Face")
+    size = max(fast.get_vocab().values()) + 1
+    if size != tokenizer.size:
+        raise UserError(f"the tokenizer has {tokenizer.size:,} tokens, but {size:,} in the form of Hugging Face")
     return fast
 
 
@@ -108,4 +104,6 @@ def _saved(tokenizer: Tokenizer) -> Backend:
         kind = json.loads(path.read_text(encoding="utf-8")).get("kind")
         if kind is not None:
             raise UserError(f"a tokenizer of the kind {kind!r} has no form of Hugging Face; give words, bytes or byte-pair")
-        return Backend.from_file(str(path))
+        backend: Any = Backend.from_file(str(path))
+    backend.post_processor = None  # what it would add to a text, we do not add
+    return backend
