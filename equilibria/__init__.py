@@ -5,6 +5,9 @@
 >>> z, stats = eq.fixed_point(lambda z, x: torch.tanh(0.5 * z + x), torch.zeros_like(x), x)
 """
 
+from equilibria import starting as starting  # before what takes its time
+
+# isort: split
 from equilibria import diagnostics as diagnostics
 from equilibria import models as models
 from equilibria import nn as nn

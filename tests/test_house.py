@@ -15,11 +15,13 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "equilibria"
 # A file imports from its own row and those above. The first part of a module's name behind `equilibria.` is its row.
 ROWS = [
+    "starting",
     "solution", "stopping", "structure", "transforms", "compiled", "products", "declared", "kernels", "solvers", "iterate",
     "adjoints", "graph", "fixed_point", "regularizers", "diagnostics", "nn", "models", "data", "train", "recipes",
     "interop", "cli", "__main__",
 ]  # fmt: skip
 CORE = [
+    "starting",
     "solution",
     "stopping",
     "structure",

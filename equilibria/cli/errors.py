@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 EXTRAS = {
     "lm": (
         "accelerate", "cattrs", "filelock", "jinja2", "matplotlib", "numpy", "psutil", "safetensors", "tensorboard",
@@ -23,6 +25,9 @@ def describe(error: BaseException) -> tuple[str, int] | None:
             return "aborted", 130
         case ModuleNotFoundError() if extra := _extra(error):
             return f'the package {_package(error)} is missing; install it with: pip install "equilibria[{extra}]"', 2
+        case OSError(errno=errno.ENOSPC | errno.EFBIG):
+            where = "" if error.filename is None else f" for {error.filename}"
+            return f"no room on the disk{where} ({error.strerror}); free some space and try again", 2
         case OSError() if error.filename is not None:
             return f"cannot use {error.filename}: {error.strerror}; check the path, its permissions and the disk", 2
         case UserError():

@@ -1,6 +1,7 @@
 """Entry of the command `equilibria`: picks the subcommand and turns errors into one line and an exit code.
 
-Nothing heavy but PyTorch, which the package itself imports, is imported before it is needed.
+Nothing heavy but PyTorch, which the package itself imports, is imported before it is needed; for ctrl-C until then see
+`equilibria.starting`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from equilibria.cli.errors import describe
+from equilibria.starting import started
 
 HELP = """\
 usage: equilibria COMMAND ...
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        started()
         return _dispatch(argv)
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -161,6 +163,19 @@ def test_evaluation_on_another_text(failure: Failure, trained: Path, text_dir: P
     (other / "train.txt").write_text("entirely different words here\n" * 50)
     assert "gives another vocabulary" in failure("eval", trained, "--data-dir", other)
     assert main(["eval", str(trained), "--data-dir", str(shutil.copytree(text_dir, tmp_path / "moved"))]) == 0
+
+
+def test_full_disk(failure: Failure, trained: Path, monkeypatch: pytest.MonkeyPatch):
+    """Wherever it strikes, with or without the name of a file."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("equilibria.cli.evaluate.evaluate_run", full)
+    assert (
+        failure("eval", trained)
+        == "equilibria: no room on the disk (No space left on device); free some space and try again"
+    )
 
 
 def test_empty_prompt(failure: Failure, trained: Path):

@@ -58,6 +58,21 @@ def test_a_signal_saves_and_says_how_to_go_on(number: signal.Signals, text_dir: 
     assert json.loads((run / "summary.json").read_text())["model"]["steps"] == step + 1
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="cannot see what another process has loaded")
+def test_ctrl_c_while_pytorch_is_loading(tmp_path: Path):
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "equilibria", "train", "quickstart", "--run-dir", str(tmp_path / "run")],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(process, lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "equilibria: aborted\n")
+    assert not (tmp_path / "run").exists()
+
+
 def test_second_ctrl_c_aborts(text_dir: Path, small: list[str], tmp_path: Path):
     run = tmp_path / "run"
     process = start(run, text_dir, small, "--accumulate", "1000000")  # the first step has no end
