@@ -195,15 +195,16 @@ def exploding_gradient(history: History) -> Advice | None:
 
 
 def loss_spike(history: History) -> Advice | None:
-    """The training loss jumps far out of its usual scatter."""
+    """The training loss jumps far out of its usual scatter, or above where it began."""
     rows = history.last(21, "train/loss")
-    if len(rows) < 11:
+    if len(rows) < 3:
         return None
     losses, now = [row["train/loss"] for row in rows[:-1]], rows[-1]["train/loss"]
-    usual = median(losses)
+    usual, first = median(losses), history.rows("train/loss")[0]["train/loss"]
     scatter = 1.48 * median(abs(loss - usual) for loss in losses)
-    if now - usual < 8 * scatter + 0.3:
+    if now < first + 1.0 and (len(rows) < 11 or now - usual < 8 * scatter + 0.3):
         return None
+    usual = min(usual, first)
     optim = history.config.optim
     norms = [row["train/gradient_norm"] for row in rows[:-1] if "train/gradient_norm" in row]
     clip = f" --clip {_round(median(norms))}" if norms and optim.clip > median(norms) else ""
@@ -274,7 +275,7 @@ def _enough(budget: int, residual: float, rtol: float) -> int:
 
 def _tame(config: RunConfig) -> str:
     weight = config.solver.jacobian_weight
-    return f"--jacobian-weight {_round(2 * weight) if weight else 0.5:g}"
+    return f"--jacobian-weight {_round(2 * weight) if weight else '0.5'}"
 
 
 def dropout_option(config: RunConfig) -> tuple[str, float]:
@@ -284,9 +285,9 @@ def dropout_option(config: RunConfig) -> tuple[str, float]:
     return "--output-dropout", config.model.output_dropout
 
 
-def _round(value: float) -> float:
-    """Two digits, as one would type."""
-    return float(f"{value:.2g}")
+def _round(value: float) -> str:
+    """Two digits, as one would type them."""
+    return f"{float(f'{value:.2g}'):g}"
 
 
 def _percent(share: float) -> str:

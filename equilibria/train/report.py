@@ -97,7 +97,7 @@ ROWS = (
 def _column(model: Mapping[str, Any]) -> dict[str, str]:
     test = model["test"]
     cells = {
-        "test perplexity per token": f"{test['perplexity']:,.2f}",
+        "test perplexity per token": shown_perplexity(test["perplexity"]),
         "test nats per token": f"{test['nll']:.3g}",
         "parameters": f"{model['parameters']:,}",
         "training time": shown_time(model["train_seconds"]),
@@ -165,6 +165,11 @@ def shown_time(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def shown_perplexity(value: float) -> str:
+    """Such as 1,234.56; that of a model that is lost, such as 5.7e+64."""
+    return f"{value:,.2f}" if value < 1e7 else f"{value:.1e}"
 
 
 def shown_path(path: Path) -> str:

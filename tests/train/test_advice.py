@@ -93,6 +93,7 @@ SPEAKS: dict[str, tuple[str, Rows, RunConfig, str]] = {
         "--lr 0.0005 --clip 0.8, or --jacobian-weight 0.5",
     ),
     "spike": ("loss spike", rows(train__loss=lambda i: 9.0 if i == 30 else 5.0), PLAIN, "--lr 0.0005 --clip"),
+    "diverged early": ("loss spike", rows(6, train__loss=lambda i: 7.0 if i < 4 else 25.0), PLAIN, "--lr 0.0005"),
     "overfitting": ("overfitting", validated([5, 4.5, 4.4, 4.5, 4.6, 4.8]), PLAIN, "--steps 150"),
     "overfitting TrellisNet": (
         "overfitting",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from equilibria.train.html.reading import RunView
-from equilibria.train.report import shown_time
+from equilibria.train.report import shown_perplexity, shown_time
 from equilibria.train.trackers import flat
 
 Values = Mapping[str, Any]
@@ -61,7 +61,7 @@ def _mean(key: str) -> Callable[[RunView, Values], Any]:
 
 COLUMNS = (
     Column(label="bits per byte", value=_result("bits_per_byte"), form="{:.3f}", best=min),
-    Column(label="perplexity", value=_result("perplexity"), form="{:,.2f}", best=min),
+    Column(label="perplexity", value=_result("perplexity"), form=shown_perplexity, best=min),
     Column(label="evaluations per solve", value=_result("evaluations"), form="{:.1f}"),
     Column(label="relative residual", value=_result("residual"), form="{:.1e}"),
     Column(label="in training, forward", value=_mean("forward/evaluations"), form="{:.1f}"),
@@ -195,5 +195,5 @@ def remedy_parts(remedy: str) -> list[tuple[str, bool]]:
 def _coded(bits: float | None, perplexity: float | None, *, short: bool = False) -> str:
     parts = [] if bits is None else [f"{bits:.3f} bits per byte"]
     if perplexity is not None and not (short and parts):
-        parts.append(f"perplexity {perplexity:,.1f}")
+        parts.append(f"perplexity {shown_perplexity(perplexity)}")
     return ", ".join(parts)
