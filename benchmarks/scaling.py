@@ -24,6 +24,7 @@ from equilibria.train.loop import Trainer
 from equilibria.train.run_folder import RunFolder
 
 STEPS, MEASURED = 150, 60
+BUDGETS = (12, 30)  # of the quickstart, and one that hardly any row spends
 ROWS = (4, 16, 64)  # of each process
 PROCESSES = (1, 2, 8, 64, 512)
 VOCABULARY = {"wikitext-103-transformer": 267_735, "wikitext-103-transformer-medium": 267_735, "quickstart": 2048}
@@ -33,25 +34,24 @@ GPUS, BYTES_PER_SECOND = 8, 50e9  # of a machine; of each GPU to other machines 
 
 def main() -> None:
     torch.set_num_threads(1)
-    steps, max_evals = measure()
+    steps = histogram(measure())
     save(
         "scaling",
         {
             "command": "python benchmarks/scaling.py",
-            "steps_per_row": histogram(steps),
-            "budget": max_evals,
-            "stragglers": stragglers(steps),
+            "steps_per_row": steps,
+            "stragglers": {f"budget {budget}": stragglers(steps, budget) for budget in BUDGETS},
             "bytes": {name: sent(name) for name in VOCABULARY},
         },
     )
 
 
-def measure() -> tuple[torch.Tensor, int]:
+def measure() -> torch.Tensor:
     """Steps (solves, B) that each row of a training batch needed, with a budget that few of them spend."""
     config = RECIPES["quickstart"]()
     config = dataclasses.replace(
         config,
-        solver=dataclasses.replace(config.solver, max_evals=30),
+        solver=dataclasses.replace(config.solver, max_evals=max(BUDGETS)),
         optim=dataclasses.replace(config.optim, steps=STEPS, batch_size=64, length=32, minutes=None),
         eval_every=None,
         checkpoint_every=None,
@@ -74,7 +74,7 @@ def measure() -> tuple[torch.Tensor, int]:
             trainer._step()
             if step % 10 == 9:
                 print(f"step {step + 1}/{STEPS}  {trainer.recorder.window.status()}", flush=True)
-    return torch.stack(found), config.solver.max_evals
+    return torch.stack(found)
 
 
 def histogram(steps: torch.Tensor) -> dict[str, int]:
@@ -82,26 +82,23 @@ def histogram(steps: torch.Tensor) -> dict[str, int]:
     return {str(value): count for value, count in zip(values.tolist(), counts.tolist(), strict=True)}
 
 
-def stragglers(steps: torch.Tensor) -> list[dict[str, float]]:
+def stragglers(histogram: dict[str, int], budget: int) -> list[dict[str, float]]:
     """Mean of the most steps among the rows of one process, and among those of all: their ratio is the efficiency.
 
-    The most of n independent rows with distribution function F has F^n; it is had for each solve, from its own rows, since
-    a batch as a whole may be hard or easy, and averaged over solves.
+    Rows are taken as independent, so that the most of n has the distribution F^n, F that of one row.
     """
-    rows = []
-    for own in ROWS:
-        alone = float(torch.stack([expected_most(solve, own) for solve in steps]).mean())
-        for count in PROCESSES:
-            together = float(torch.stack([expected_most(solve, own * count) for solve in steps]).mean())
-            rows.append({"rows": own, "processes": count, "steps": together, "efficiency": alone / together})
-    return rows
+    values = torch.tensor([min(int(value), budget) for value in histogram], dtype=torch.float64)
+    below = torch.tensor(list(histogram.values()), dtype=torch.float64).cumsum(0) / sum(histogram.values())
 
+    def most(count: int) -> float:
+        powers = below**count
+        return float((values * powers.diff(prepend=powers.new_zeros(1))).sum())
 
-def expected_most(solve: torch.Tensor, count: int) -> torch.Tensor:
-    """Expected largest of `count` draws from the steps of one solve."""
-    values, counts = solve.unique(return_counts=True)
-    below = (counts.cumsum(0).double() / len(solve)) ** count
-    return (values * below.diff(prepend=below.new_zeros(1))).sum()
+    return [
+        {"rows": own, "processes": count, "steps": most(own * count), "efficiency": most(own) / most(own * count)}
+        for own in ROWS
+        for count in PROCESSES
+    ]
 
 
 def sent(name: str) -> dict[str, float]:

@@ -102,6 +102,7 @@ def compare(folder: Path) -> None:
     """Every case replicated and sharded; a resumed run; solves of unequal length; a failure of one process."""
     ranks = join_job()
     found: dict[str, Any] = {}
+    run: Any = None
     for parallel in ("ddp", "fsdp"):
         for name, (config, corpus) in CASES.items():
             run = trainer(dataclasses.replace(config, parallel=parallel), corpus(), folder / f"{parallel}-{name}", ranks)
@@ -117,7 +118,7 @@ def compare(folder: Path) -> None:
 
         config = dataclasses.replace(configuration(pretrain_steps=0, steps=4), parallel=parallel)
         unequal = trainer(config, text(), folder / f"{parallel}-unequal", ranks)
-        deq = unequal._plain_model().deq
+        deq: Any = unequal._plain_model().deq
         deq.stopping = dataclasses.replace(deq.stopping, rtol=1e-14, max_evals=4 + 30 * ranks.rank)
         for _ in range(2):
             unequal._step()

@@ -59,7 +59,8 @@ class Reader:
     """
 
     def __init__(self, batches: Batches, state: TrainState, ranks: Ranks = ALONE) -> None:
-        self.state, self.memory, self.ranks = state, None, ranks
+        self.state, self.ranks = state, ranks
+        self.memory: Any = None
         self._all, self.batches = batches, batches.at_epoch(state.epoch)
 
     def read_since(self, start: TrainState) -> list[tuple[Tensor, Tensor]]:

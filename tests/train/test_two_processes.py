@@ -89,7 +89,8 @@ def test_resumed_on_another_number_of_processes(folder: Path, parallel: str):
     shutil.rmtree(RunFolder(copy).checkpoints.path(50))
     resumed = trainer(CASES["plain"][0], text(), copy)
     assert resumed.state.step == 25
-    assert resumed.reader.memory.z.shape[0] == 4
+    assert resumed.reader.memory is not None
+    assert len(resumed.reader.memory[0]) == 4
     resumed.run()
     assert losses(copy) == pytest.approx(whole, abs=1e-5, rel=0)
 
