@@ -93,9 +93,8 @@ class Solver(nn.Module):
         self.read = nn.Sequential(nn.Linear(width + 1, width), nn.ReLU(), nn.Linear(width, 1))
 
     def forward(self, doors: Tensor, marks: Tensor, budget: int, *, noise: bool = False) -> tuple[Tensor, Stats]:
-        self.deq.stopping = Stopping(rtol=1e-3, max_evals=budget)
         z0 = 2 * torch.rand(*doors.shape, self.width) - 1 if noise else None
-        z, stats = self.deq(doors, marks, z0=z0)
+        z, stats = self.deq(doors, marks, z0=z0, stopping=Stopping(rtol=1e-3, max_evals=budget))
         return self.read(torch.cat([z.sum(3), marks], -1)).squeeze(-1), stats
 
 

@@ -80,7 +80,6 @@ def hooked(model: Energy, x: Tensor) -> Tensor:
     Its first derivative is exact. Differentiated twice, z* does not move.
     """
     block = model.deq.block
-    assert isinstance(block, Atoms)
     args, z = block.prepare(x), model.deq(x).z.detach().requires_grad_()
     taped, out = block(z, *args), block(z.detach(), *args)
 
@@ -127,7 +126,7 @@ def main(width: int = 24, atoms: int = 6, steps: int = 600, batch: int = 16, see
         return (forces(model(x), x) - target).square().mean()
 
     x, target = configurations(4)
-    weight = model.get_parameter("deq.block.own.weight")
+    weight = model.deq.block.own.weight
     direction, original = torch.randn_like(weight), weight.detach().clone()
 
     def moved(step: float) -> Tensor:

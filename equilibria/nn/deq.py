@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from equilibria.solution import Solution
 from equilibria.solvers import Anderson, Solver
 from equilibria.stopping import Stopping
 
+Block = TypeVar("Block", bound=nn.Module)
 
-class DEQ(nn.Module):
+
+class DEQ(nn.Module, Generic[Block]):
     """z* = block(z*, *args), with args = block.prepare(*inputs).
 
     The block is an nn.Module with `forward(z, *args) -> z`. It may also define
@@ -56,7 +58,7 @@ class DEQ(nn.Module):
 
     def __init__(
         self,
-        block: nn.Module,
+        block: Block,
         *,
         solver: Solver[Any] | None = None,
         stopping: Stopping | None = None,
@@ -67,25 +69,29 @@ class DEQ(nn.Module):
         super().__init__()
         if not isinstance(block, nn.Module):
             raise TypeError(f"DEQ needs an nn.Module, not a {type(block).__name__}; for a function use fixed_point")
-        self.block = block
+        self.block: Block = block
         self.solver: Solver[Any] = Anderson() if solver is None else solver
         self.stopping = Stopping() if stopping is None else stopping
         self.adjoint: Adjoint = Implicit() if adjoint is None else adjoint
         self.eval_stopping = eval_stopping
         self.raise_nonfinite = raise_nonfinite
 
-    def forward(self, *inputs: Any, z0: Any = None) -> Solution:
-        """The equilibrium for these inputs, searched from z0 if it is given (a warm start)."""
+    def forward(self, *inputs: Any, z0: Any = None, stopping: Stopping | None = None) -> Solution:
+        """The equilibrium for these inputs, searched from z0 if it is given (a warm start).
+
+        `stopping` takes the place of the module's own for this call, such as a larger budget for a harder problem.
+        """
         with computed_once(self.block):
             args = prepared(self.block, *inputs)
-            return self.solve(initial(self.block, *inputs) if z0 is None else z0, *args)
+            return self.solve(initial(self.block, *inputs) if z0 is None else z0, *args, stopping=stopping)
 
-    def solve(self, z0: Any, *args: Any) -> Solution:
+    def solve(self, z0: Any, *args: Any, stopping: Stopping | None = None) -> Solution:
         """The equilibrium for the args that `prepare` made, for a caller that needs these args as well.
 
         Where `prepare` reads parametrised tensors, call both under `computed_once(deq.block)`: they share the values then.
         """
-        stopping = self.stopping if self.training or self.eval_stopping is None else self.eval_stopping
+        if stopping is None:
+            stopping = self.stopping if self.training or self.eval_stopping is None else self.eval_stopping
         block, batch_dims = self.block, getattr(self.block, "batch_dims", None)
         if isinstance(batch_dims, Sequence) and len(batch_dims) != len(args):
             raise ValueError(

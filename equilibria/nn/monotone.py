@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from equilibria.adjoints import Adjoint
-from equilibria.nn.deq import DEQ
+from equilibria.nn.deq import DEQ, Block
 from equilibria.nn.pickling import make_picklable
 from equilibria.solvers import PeacemanRachford
 from equilibria.stopping import Stopping
@@ -111,7 +111,7 @@ class MonotoneBlock(nn.Module):
             return torch.relu(F.linear(z, weight) + bias)
 
 
-class MonotoneDEQ(DEQ):
+class MonotoneDEQ(DEQ[Block]):
     """A DEQ whose block is f(z, W, c) = relu(W z + c), solved by Peaceman-Rachford splitting.
 
     Args:
@@ -130,7 +130,7 @@ class MonotoneDEQ(DEQ):
 
     def __init__(
         self,
-        block: nn.Module,
+        block: Block,
         *,
         alpha: float = 1.0,
         stopping: Stopping | None = None,

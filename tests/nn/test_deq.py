@@ -353,3 +353,11 @@ def test_dropout_drawn_in_prepare_is_frozen() -> None:
     deq.block.batch_dims = (0, None)  # type: ignore[assignment]  # pyright: ignore[reportArgumentType]
     deq.eval()
     assert torch.equal(deq(X).z, deq(X).z)
+
+
+def test_a_call_may_bring_its_own_stopping():
+    deq = DEQ(Block(), stopping=Stopping(max_evals=2)).eval()
+    deq.eval_stopping = Stopping(max_evals=3)
+    assert deq(X).stats.evaluations == 3
+    assert bool(deq(X, stopping=TIGHT).stats.converged.all())
+    assert deq(X).stats.evaluations == 3
