@@ -32,6 +32,8 @@ def help_of(words: list[str]) -> str:
             del os.environ["COLUMNS"]
         else:
             os.environ["COLUMNS"] = before
+    if not text.getvalue():
+        raise RuntimeError(f"equilibria {' '.join(words)} --help printed nothing; is equilibria[docs] installed?")
     lines = [_unframed(line) for line in text.getvalue().replace(str(Path.home()), "~").splitlines()]
     return "\n".join(line for line in lines if line is not None).strip()
 
