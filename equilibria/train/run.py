@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,11 +124,11 @@ class Run:
         """Write what there is to know of the step or validation that failed."""
         began, model = self.watch.began, self._plain_model()
         deq: Any = model.deq
-        step = self.state.step + (began is not None)
+        step, folder = self._failed_step(), self._failure()
         self.recorder.record_window(self.rate.rate)
         try:
             save_failure(
-                self.folder.failure(step),
+                folder,
                 self.watch,
                 model,
                 batches=[] if began is None else self.reader.read_since(began),
@@ -147,11 +148,11 @@ class Run:
         except OSError as full:
             if not is_full(full):
                 raise
-            progress.note(f"the disk is full: {self.folder.failure(step)} could not be written")
+            progress.note(f"the disk is full: {folder} could not be written")
 
     def _roll_back(self, error: NonFiniteError, progress: Progress) -> None:
         """Go back to the last checkpoint, but on with the text after what was read, where the memory is empty at first."""
-        left = self.state
+        left, failed, folder = self.state, self._failed_step(), self._failure()
         self.recorder.close()
         self.optimizer.zero_grad()
         self._restore()
@@ -164,20 +165,25 @@ class Run:
         self.recorder.open(progress.note)
         self.rate.set(self.state.step)
         progress.back_to(self.state.step)
-        failed = left.step + (self.watch.began is not None)
         progress.note(
             f"step {failed}: {reason(error)}; back to the checkpoint of step {self.state.step} "
             f"(roll-back {self.state.rollbacks} of {self.config.max_rollbacks}), and on with the text after that batch, "
-            f"with an empty memory; see {self.folder.failure(failed)}"
+            f"with an empty memory; see {folder}"
         )
         self.watch.end()
 
+    def _failed_step(self) -> int:
+        """Number of the step that failed, from 1; of a validation, that of the step before it."""
+        return self.state.step + (self.watch.began is not None)
+
+    def _failure(self) -> Path:
+        return self.folder.failure(self._failed_step(), self.state.rollbacks)
+
     def _explain(self, error: NonFiniteError) -> str:
-        step = self.state.step + (self.watch.began is not None)
         after = f" after {self.state.rollbacks} roll-backs" if self.state.rollbacks else ""
         return (
-            f"step {step}: {reason(error)}{after}; {self._kept()} with a smaller --lr, a smaller --clip or a larger "
-            f"--warmup-steps; the batch is in {self.folder.failure(step)}"
+            f"step {self._failed_step()}: {reason(error)}{after}; {self._kept()} with a smaller --lr, a smaller --clip or a "
+            f"larger --warmup-steps; the batch is in {self._failure()}"
         )
 
     @contextlib.contextmanager

@@ -63,9 +63,9 @@ class RunFolder:
         """Folder of the steps whose loss was not finite."""
         return self.path / "failures"
 
-    def failure(self, step: int) -> Path:
-        """Folder of one of them (see `equilibria.train.failure`)."""
-        return self.failures / f"step-{step:08d}"
+    def failure(self, step: int, rollbacks: int = 0) -> Path:
+        """Folder of one of them (see `equilibria.train.failure`), which a run may meet again after it was rolled back."""
+        return self.failures / (f"step-{step:08d}" + (f"-{rollbacks + 1}" if rollbacks else ""))
 
     @property
     def weights(self) -> Path:

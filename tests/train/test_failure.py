@@ -161,6 +161,8 @@ def test_it_stops_after_so_many_roll_backs(make: Make):
     with pytest.raises(NonFiniteError, match=r"step 1: the loss became infinite or NaN after 2 roll-backs; .* step 0"):
         trainer.run()
     assert met == [[1], [0], [0], []], "it went back to the start, which was saved for that"
+    names = sorted(folder.name for folder in trainer.folder.failures.iterdir())
+    assert names == ["step-00000001-2", "step-00000001-3", "step-00000002"]
     resumed = make(dataclasses.replace(ROLL_BACK, max_rollbacks=4))
     resumed.run()
     assert resumed.state.step == 14
