@@ -182,8 +182,8 @@ class Run:
     def _explain(self, error: NonFiniteError) -> str:
         after = f" after {self.state.rollbacks} roll-backs" if self.state.rollbacks else ""
         return (
-            f"step {self._failed_step()}: {reason(error)}{after}; {self._kept()} with a smaller --lr, a smaller --clip or a "
-            f"larger --warmup-steps; the batch is in {self._failure()}"
+            f"step {self._failed_step()}: {reason(error)}{after}; {self._kept()} with a smaller --lr, a smaller --clip or "
+            f"a larger --warmup-steps; the batch is in {self._failure()}"
         )
 
     @contextlib.contextmanager
