@@ -47,6 +47,19 @@ class TestMixedSamples:
         with pytest.raises(ValueError, match="f mixes samples"):
             torch.func.jacrev(layer)(normal(0, 6))
 
+    def test_rounding_is_not_taken_for_it(self) -> None:
+        """J is half the identity, but by way of a map as badly conditioned as can be: its products are rounded far off."""
+        scales, turn = torch.logspace(-4, 4, 6).double(), orthogonal(6)
+        there = ((turn * scales) @ turn).float()
+        back = 0.5 * ((turn / scales) @ turn).mT.float()
+        b = normal(0, 4, 6).float().requires_grad_()
+        z = fixed_point(lambda z, b: (z @ there) @ back + b, torch.zeros(4, 6), b)
+        (found,) = torch.autograd.grad(z.z.sum(), b)
+        assert bool(found.isfinite().all())
+        (backward,) = z.stats.backward
+        assert bool((backward.relative > 1e-2).any())  # the test is of no use otherwise
+        assert not bool(backward.converged.all())
+
     def test_the_same_as_one_sample(self) -> None:
         b = normal(0, 1, 6).requires_grad_()
         tight = Stopping(rtol=1e-12, max_evals=500)

@@ -7,7 +7,7 @@ How it is solved is the adjoint's to say.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -65,11 +65,11 @@ class LinearSystem:
             self.forward.backward.append(run.stats(Solved(*map(without_derivatives, solved))))
         return solved.z
 
-    def confirm(self, fu: Tensor) -> None:
-        """Report the solve, where A u + g at the u that it found is known now to be `fu`."""
+    def confirm(self, fu: Tensor, again: Callable[[Tensor], Tensor]) -> None:
+        """Report the solve, where A u + g at the u that it found is known now to be `fu`; `again` computes it elsewhere."""
         if self._solved is not None:
             run, solved = self._solved
-            self.forward.backward.append(run.stats(run.measured(solved, fu, self.g)))
+            self.forward.backward.append(run.stats(run.measured(solved, fu, self.g, again)))
 
 
 def linear_run(solver: Solver[Any], stopping: Stopping) -> Forward:
@@ -172,9 +172,8 @@ class _FixedPoint(torch.autograd.Function):
 def _once(ctx: Any, z: Tensor, args: Sequence[Tensor], wants: Sequence[bool], g: Tensor) -> Sequence[Tensor | None]:
     """Gradients that need no further derivative: f is recorded once, and each evaluation of the backward solve, like the
     gradients at its end, is a backward pass over that record."""
-    with torch.enable_grad():
-        z, args, inputs = leaves_of(z, args, wants)
-        record = _Recorded(ctx.f, z, args, g)
+    z, args, inputs = leaves_of(z, args, wants)
+    record = _recorded(ctx.f, z, args, g)
     if not record.fz.requires_grad:
         if _constant(ctx.f, z, args, record.fz):
             return [None] * sum(wants)
@@ -186,7 +185,7 @@ def _once(ctx: Any, z: Tensor, args: Sequence[Tensor], wants: Sequence[bool], g:
     u = ctx.rule.linear(system)
     # With the gradients comes u J, and with it the true residual of the backward solve.
     uj, *gradients = torch.autograd.grad(record.fz, inputs, u, allow_unused=True)
-    system.confirm(g if uj is None else g + uj)
+    system.confirm(g if uj is None else g + uj, lambda u: _recorded(ctx.f, z, args, g)(u))
     return gradients
 
 
@@ -198,6 +197,11 @@ def _differentiable(
     places = [i for i, want in enumerate(wants) if want]
     pullback = torch.func.vjp(lambda *values: ctx.f(z, *_with(args, places, values)), *(args[i] for i in places))[1]
     return pullback(u)
+
+
+@torch.enable_grad()
+def _recorded(f: Function, z: Tensor, args: Sequence[Tensor], g: Tensor) -> _Recorded:
+    return _Recorded(f, z, args, g)
 
 
 class _Recorded:
