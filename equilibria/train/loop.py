@@ -15,6 +15,7 @@ from equilibria.train.evaluate import Evaluation, evaluate
 from equilibria.train.interrupt import Interrupted
 from equilibria.train.memory import PeakMemory
 from equilibria.train.progress import Progress
+from equilibria.train.report import shown_perplexity
 from equilibria.train.run import Run
 from equilibria.train.solves import step_budget, trace_stopping
 from equilibria.train.traces import trace_solve
@@ -164,7 +165,8 @@ class Trainer(Run):
         coded = f"loss {result.nll:.3g}, "
         if result.bits_per_byte is not None:
             coded = f"{result.bits_per_byte:.3f} bits per byte, "
-        progress.note(f"step {state.step}/{self.last_step}  validation: {coded}perplexity {result.perplexity:.1f}")
+        shown = shown_perplexity(result.perplexity)
+        progress.note(f"step {state.step}/{self.last_step}  validation: {coded}perplexity {shown}")
 
     def evaluate(self, split: str, *, depth: int | None = None) -> Evaluation:
         """Evaluate the present weights on a split of the corpus, by name; `depth` as in `evaluate.evaluate`."""
