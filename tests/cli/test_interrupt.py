@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from equilibria.cli.main import main
@@ -75,8 +76,11 @@ def test_ctrl_c_while_pytorch_is_loading(tmp_path: Path):
 
 def test_second_ctrl_c_aborts(text_dir: Path, small: list[str], tmp_path: Path):
     run = tmp_path / "run"
-    process = start(run, text_dir, small, "--accumulate", "1000000")  # the first step has no end
+    process = start(run, text_dir, small, "--accumulate", "1000000", "--trackers", "none")  # the first step has no end
     wait_for(process, (run / "metrics.jsonl").is_file)
+    spent = psutil.Process(process.pid).cpu_times
+    opened = spent().user
+    wait_for(process, lambda: spent().user > opened + 1)  # it is under way: all there is to do before is done by then
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
     while "stopping after this step" not in process.stderr.readline():  # two signals at once would count as one
