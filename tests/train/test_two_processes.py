@@ -32,11 +32,18 @@ SMALL = """
 OPTIONS = SMALL.split()
 
 
-def launch(*argv: str | Path) -> subprocess.CompletedProcess[str]:
-    """Two processes of the worker, by torchrun."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+# What it needs to start more than one process on a CPU; on GPUs it would find them by itself.
+ACCELERATE = (
+    "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--dynamo_backend", "no",
+    "--mixed_precision", "bf16",
+)  # fmt: skip
+
+
+def launch(*argv: str | Path, launcher: tuple[str, ...] = TORCHRUN) -> subprocess.CompletedProcess[str]:
+    """Two processes of the worker."""
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
-    command = [*torchrun, WORKER, *argv]
+    command = [sys.executable, "-m", *launcher, WORKER, *argv]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
 
 
@@ -138,9 +145,11 @@ def test_failure_of_one_process_ends_the_job_with_its_message(tmp_path: Path):
 
 def test_signal_to_one_process_saves_and_ends_all_cleanly(tmp_path: Path):
     run = tmp_path / "run"
-    done = launch("stop", tmp_path, "train", "text", "--data-dir", text_files(tmp_path), "--run-dir", run, *OPTIONS)
+    argv = ("stop", tmp_path, "train", "text", "--data-dir", text_files(tmp_path), "--run-dir", run, *OPTIONS)
+    done = launch(*argv, launcher=ACCELERATE)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("stopped; everything is saved. Continue with: ") == 1
+    assert RunFolder(run).load_config().precision == "bf16"  # as launched
     assert RunFolder(run).checkpoints.steps() == [6]
     assert len(read_metrics(run / "metrics.jsonl")) == 6
 
