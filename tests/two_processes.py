@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ import torch
 from small_runs import CONFIG
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from equilibria.adjoints.implicit_function import LinearSystem
 from equilibria.cli.main import main
 from equilibria.data import BytePair, Corpus, Split, copy_memory
 from equilibria.recipes.build import build_model
@@ -55,9 +57,9 @@ def text() -> Corpus:
     return Corpus("text", split(0, 160), split(160, 240), split(240, 320), tokenizer, written[240:320])
 
 
-def sequences() -> Corpus:
-    """Five sequences, so that the last batch of four has one: too few for two processes."""
-    return copy_memory(2, train=5, valid=3, test=3)
+def sequences(count: int = 5) -> Corpus:
+    """Five sequences, so that the last batch of four has one: too few for two processes. Of seven it has three."""
+    return copy_memory(2, train=count, valid=3, test=3)
 
 
 def trainer(config: RunConfig, corpus: Corpus, folder: Path, ranks: Ranks = ALONE, **options: Any) -> Trainer:
@@ -71,6 +73,7 @@ def trainer(config: RunConfig, corpus: Corpus, folder: Path, ranks: Ranks = ALON
 CASES: dict[str, tuple[RunConfig, Callable[[], Corpus]]] = {
     "plain": (configuration(), text),
     "accumulated": (configuration(accumulate=2, batch_chunk=2, steps=12), text),
+    "unequal parts": (configuration(pretrain_steps=0, steps=4, length=22, batch_chunk=3), lambda: sequences(7)),
     "uneven": (configuration(pretrain_steps=0, steps=6, length=22), sequences),
 }
 
@@ -136,6 +139,7 @@ def compare(folder: Path) -> None:
             unequal._step()
         except NonFiniteError as error:
             found[f"{parallel}-nonfinite"] = ranks.gather(str(error))
+        found[f"{parallel}-nonfinite-backward"] = nonfinite_backward(config, folder / f"{parallel}-backward", ranks)
     if ranks.is_main:
         (folder / "found.json").write_text(json.dumps(found))
     ranks.close()
@@ -143,6 +147,25 @@ def compare(folder: Path) -> None:
 
 def nonfinite(*_: Any) -> Any:
     raise NonFiniteError("f became NaN")
+
+
+def nonfinite_backward(config: RunConfig, folder: Path, ranks: Ranks) -> Any:
+    """What each process says of a step in which a backward solve of the second is not finite."""
+    run = trainer(config, text(), folder, ranks)
+    solve = LinearSystem.solve
+
+    def spoilt(self: LinearSystem, *args: Any, **options: Any) -> Any:
+        self.g = self.g * math.nan
+        return solve(self, *args, **options)
+
+    if ranks.rank == 1:
+        LinearSystem.solve = spoilt
+    try:
+        run.run()
+    except NonFiniteError as error:
+        return ranks.gather(str(error))
+    finally:
+        LinearSystem.solve = solve
 
 
 def fail(folder: Path, argv: list[str]) -> None:

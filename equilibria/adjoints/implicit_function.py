@@ -7,7 +7,8 @@ How it is solved is the adjoint's to say.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +29,21 @@ from equilibria.transforms import (
     transformed,
     without_derivatives,
 )
+
+_told: list[Callable[[NonFiniteError], None]] = []  # no context variable: backward passes have threads of their own
+
+
+@contextmanager
+def tell_nonfinite(report: Callable[[NonFiniteError], None]) -> Iterator[None]:
+    """Within it, a backward solve that is not finite is reported and gives a gradient of NaN, where it raises elsewhere.
+
+    For processes that share a backward pass: were it cut short in one, the others would wait for what it never sends.
+    """
+    _told.append(report)
+    try:
+        yield
+    finally:
+        _told.pop()
 
 
 class LinearSystem:
@@ -55,10 +71,16 @@ class LinearSystem:
             else:
                 solved = implicit(rule, self.f, run, start, known, self.args)
         except NonFiniteError as error:
-            if bool(self.g.isfinite().all()):
-                raise
-            fault = "the gradient that reaches the fixed point is already inf or NaN: the fault lies in the loss or between"
-            raise NonFiniteError(fault, error.solution) from None
+            fault = error
+            if not bool(self.g.isfinite().all()):
+                reason = (
+                    "the gradient that reaches the fixed point is already inf or NaN: the fault lies in the loss or between"
+                )
+                fault = NonFiniteError(reason, error.solution)
+            if not _told:
+                raise fault from None
+            _told[-1](fault)
+            return torch.full_like(self.g, torch.nan)
         if self.recorded:
             self._solved = run, solved
         elif not hides_batch():

@@ -52,10 +52,12 @@ def make_accelerator(config: RunConfig, ranks: Ranks) -> Accelerator:
         fsdp_plugin=plugin,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
-    if several and ranks.device.type == "cpu":  # Accelerate by itself shards on GPUs alone
-        state: Any = accelerator.state
-        state.distributed_type = DistributedType.FSDP if sharded else DistributedType.MULTI_CPU
-        state.fsdp_plugin = plugin
+    # Accelerate by itself shards on GPUs alone, and the first model of a process alone: later ones find its state made.
+    state: Any = accelerator.state
+    if sharded:
+        state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+    elif several and ranks.device.type == "cpu":
+        state.distributed_type = DistributedType.MULTI_CPU
     return accelerator
 
 
@@ -76,16 +78,19 @@ def prepare(accelerator: Accelerator, model: nn.Module, config: OptimConfig) -> 
 def gradient_sum(accelerator: Accelerator, model: nn.Module, *, last: bool) -> Iterator[None]:
     """Around forward and backward of one part of a step: the processes average their gradients after the last part alone.
 
-    Until then FSDP2 keeps the weights that it has gathered: they are the same for the whole step.
+    Until then FSDP2 keeps the weights that it has gathered: they are the same for the whole step. Processes may go through
+    unequal numbers of parts, since they meet before the first and after the last of them only.
     """
-    with contextlib.ExitStack() as stack:
-        if isinstance(model, FSDPModule):
-            model.set_reshard_after_backward(last)
-            stack.enter_context(warnings.catch_warnings())  # the losses are a view, which we do not write into
+    if isinstance(model, FSDPModule):
+        # Not `accelerator.no_sync`: Accelerate forgets that it shards once an optimizer is prepared.
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)
+        with warnings.catch_warnings():  # the losses are a view, which we do not write into
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-        if not last:
-            stack.enter_context(accelerator.no_sync(model))
-        yield
+            yield
+    else:
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            yield
 
 
 def _sharding() -> FullyShardedDataParallelPlugin:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from equilibria.adjoints.implicit_function import tell_nonfinite
 from equilibria.solution import NonFiniteError, Stats
 from equilibria.train.distributed import Ranks
 from equilibria.train.parallel import gradient_sum
@@ -60,7 +62,8 @@ class Gradient:
         for index, part in enumerate(parts):
             with gradient_sum(self.accelerator, self.model, last=last and index == len(parts) - 1):
                 loss, output = self._loss(part, depth, jacobian)
-                self.accelerator.backward(loss * (self.ranks.count / of))
+                with contextlib.nullcontext() if self.ranks.count == 1 else tell_nonfinite(self._blame):
+                    self.accelerator.backward(loss * (self.ranks.count / of))
             memories.append(output.memory)
             if part.share > 0:
                 mean += part.share * self._nll
@@ -81,6 +84,9 @@ class Gradient:
             rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
             raise NonFiniteError(f"process {rank}: {message}", None if fault is None else fault.solution)
         return Agreed(_finite(norm, "the gradient"), stops > 0, seconds)
+
+    def _blame(self, error: NonFiniteError) -> None:
+        self._fault = error
 
     def _loss(self, part: Part, depth: int | None, jacobian: float) -> tuple[Tensor, Any]:
         tokens, targets, memory, share = part

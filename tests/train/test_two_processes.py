@@ -127,6 +127,13 @@ def test_not_a_number_on_one_process_is_raised_on_all(found: dict[str, Any], par
     assert found[f"{parallel}-nonfinite"] == ["process 1: f became NaN"] * 2
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_not_a_number_in_a_backward_solve_of_one_process_is_raised_on_all(found: dict[str, Any], parallel: str):
+    said = set(found[f"{parallel}-nonfinite-backward"])
+    assert len(said) == 1
+    assert said.pop().startswith("step 1: process 1: the gradient that reaches the fixed point is already inf or NaN")
+
+
 def text_files(folder: Path) -> Path:
     for name, lines in (("train", 300), ("valid", 30), ("test", 30)):
         (folder / f"{name}.txt").write_text("the cat sees a small house and hears the old dog.\n" * lines)
