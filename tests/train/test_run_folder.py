@@ -8,6 +8,7 @@ import pytest
 from equilibria.recipes import RECIPES
 from equilibria.solution import UserError
 from equilibria.train.run_folder import MetricsLog, RunFolder, create_run, newest_run, open_run, read_metrics
+from equilibria.train.typed import options_of
 
 
 def test_new_runs_are_numbered(tmp_path: Path):
@@ -58,3 +59,17 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path):
     log.append({"step": 4, "loss": 0.5})
     log.close()
     assert read_metrics(path) == [{"step": step, "loss": step / 3} for step in (1, 2, 3)] + [{"step": 4, "loss": 0.5}]
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 2, "lo', b"12", b'{"loss": 1}', b'{"step": null}', b"\xff\xfe", b"\0\0\0"])
+def test_a_damaged_line_takes_no_other_with_it(tmp_path: Path, damage: bytes):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n')
+    MetricsLog(path, step=2).close()
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b'equilibria train text "half\n'])
+def test_a_damaged_command_is_as_none(tmp_path: Path, damage: bytes):
+    (tmp_path / "command.txt").write_bytes(damage)
+    assert options_of(tmp_path / "command.txt") == []
