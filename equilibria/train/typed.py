@@ -17,7 +17,7 @@ def add_command(path: Path, words: Sequence[str]) -> None:
 
 
 def options_of(path: Path) -> list[str]:
-    """The options of all the commands `equilibria train RECIPE ...` in a command.txt; [] where there is none, or it is damaged."""
+    """The options of all the commands in a command.txt; [] where there is none, or it is damaged."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         words = [word for line in lines for word in shlex.split(line)[3:]]
