@@ -15,8 +15,9 @@ from equilibria.train.checkpoint import load_state
 from equilibria.train.config import MethodName, RunConfig
 from equilibria.train.interrupt import StopRequest
 from equilibria.train.plots import plot_evaluations, plot_loss, plot_residual
-from equilibria.train.report import describe_model, render, shown_path, xz_bits_per_byte
+from equilibria.train.report import describe_model, render, xz_bits_per_byte
 from equilibria.train.run_folder import RunFolder, read_metrics
+from equilibria.train.shown import shown_path
 from equilibria.train.solves import eval_stopping, trace_stopping
 from equilibria.train.state import TrainState
 from equilibria.train.traces import relative_trace, trace_solve

@@ -12,7 +12,7 @@ import tyro
 
 from equilibria.cli.parse import parse
 from equilibria.data import Corpus
-from equilibria.data.disk import sha256, write_folder
+from equilibria.data.disk import refuse_existing, sha256, write_folder
 from equilibria.data.word_ids import ORIGINAL_STYLES
 from equilibria.interop.original.checkpoint import read_checkpoint
 from equilibria.interop.original.configuration import Configuration, configure
@@ -67,7 +67,7 @@ def convert_command(argv: Sequence[str]) -> int:
 
 def convert(options: ConvertOptions) -> str:
     """Write the run and return what the command prints; a UserError leaves nothing behind."""
-    _refuse_existing(options.out)
+    refuse_existing(options.out)
     tensors = read_checkpoint(options.original)
     try:
         found = configure(translate(tensors), options.model, release=release(tensors), as_released=options.as_released)
@@ -86,18 +86,13 @@ def convert(options: ConvertOptions) -> str:
         if text is not None:
             run.tokenizer.mkdir()
             text.tokenizer.save(run.tokenizer)
-        _refuse_existing(options.out)  # nor may it have come up meanwhile, for it would be replaced
+        refuse_existing(options.out)  # nor may it have come up meanwhile, for it would be replaced
 
     write_folder(options.out, fill)
     rounded = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.element_size() > 4}
     count = sum(parameter.numel() for parameter in model.parameters())
     what = f"{MODELS[family(tensors)]} of {release(tensors)}, {count:,} parameters"
     return _report(options, what, found, config.data.corpus, has_text=text is not None, rounded=sorted(rounded))
-
-
-def _refuse_existing(out: Path) -> None:
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists already; give the name of a new folder")
 
 
 def _run_config(found: Configuration, options: ConvertOptions) -> RunConfig:

@@ -13,7 +13,8 @@ from transformers.utils import logging
 from equilibria.cli.load import load_run
 from equilibria.cli.parse import parse
 from equilibria.data import Tokenizer
-from equilibria.interop.huggingface.run import from_run, refuse_existing, write_export
+from equilibria.data.disk import refuse_existing
+from equilibria.interop.huggingface.run import from_run, write_export
 from equilibria.train.run_folder import open_run
 
 

@@ -13,7 +13,7 @@ import tyro
 from equilibria.cli.parse import parse
 from equilibria.solution import UserError
 from equilibria.train.html import write_report
-from equilibria.train.report import shown_path
+from equilibria.train.shown import shown_path
 
 
 @dataclass(frozen=True, kw_only=True)

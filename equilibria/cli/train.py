@@ -31,8 +31,8 @@ from equilibria.train.interrupt import Interrupted, StopRequest, StopTogether
 from equilibria.train.loop import Trainer
 from equilibria.train.memory import keep_freed_memory
 from equilibria.train.parallel import as_launched
-from equilibria.train.report import shown_path
 from equilibria.train.run_folder import RunFolder, create_run, newest_run, open_run
+from equilibria.train.shown import shown_path
 from equilibria.train.trackers import check_trackers
 from equilibria.train.typed import add_command
 from equilibria.train.whole import load_whole_weights

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from equilibria.solution import UserError
+
 
 def sync(path: Path) -> None:
     """Force a file, or a folder's entries, to the disk.
@@ -43,6 +45,12 @@ def make_folder(path: Path) -> None:
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
         sync(path.parent)
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise UserError if there is something of that name, be it a link that leads nowhere."""
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path} exists already; give the name of a new folder")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,9 +16,7 @@ from typing import Any, BinaryIO
 from equilibria.solution import UserError
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
-LONG = (
-    1 << 20
-)  # bytes of UTF-8; a document above is cut to give parts to the splits, and is not held in memory if it is a file
+LONG = 1 << 20  # bytes of UTF-8; a document above gives a part to each split, and a file above is not held in memory
 BLOCK = 1 << 22  # bytes that are read at a time
 LONGEST_LINE = 1 << 30  # bytes
 ROWS = 256  # of a Parquet file that are in memory at a time

@@ -41,7 +41,7 @@ class Tokenizer(Protocol):
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer whose `save(folder)` was called. Raises UserError if the folder holds none.
 
-    load_tokenizer(Path("runs/first/checkpoint")).encode("some text")
+    load_tokenizer(Path("runs/first/tokenizer")).encode("some text")
     """
     path = folder / "tokenizer.json"
     try:

@@ -33,11 +33,9 @@ class History:
                 self.valid.append(row)
         elif "train/loss" in row:
             self._add_time(row)
+            warm_up = self.config.optim.pretrain_steps
             # The row in which the stack gives way to the equilibrium holds steps of both.
-            if (
-                self.step >= self.config.optim.pretrain_steps + self.config.log_every
-                or not self.config.optim.pretrain_steps
-            ):
+            if not warm_up or self.step >= warm_up + self.config.log_every:
                 self._add_row(row)
 
     def last(self, count: int, key: str) -> list[Row]:

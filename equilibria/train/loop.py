@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import time
 from typing import Any
 
@@ -15,9 +14,10 @@ from equilibria.train.evaluate import Evaluation, evaluate
 from equilibria.train.interrupt import Interrupted
 from equilibria.train.memory import PeakMemory
 from equilibria.train.progress import Progress
-from equilibria.train.report import shown_perplexity
 from equilibria.train.run import Run
+from equilibria.train.shown import shown_perplexity
 from equilibria.train.solves import step_budget, trace_stopping
+from equilibria.train.step import require_finite
 from equilibria.train.traces import trace_solve
 from equilibria.train.whole import whole_weights
 
@@ -34,8 +34,6 @@ class Trainer(Run):
     A checkpoint is written at every validation, every `checkpoint_every` steps besides, at the end, and when `stop` is
     requested; a run resumed from it takes the very steps that it would have taken uninterrupted.
     """
-
-    # -- the loop ------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Train until the last step, the end of the wall-clock budget, or ctrl-C (which raises Interrupted)."""
@@ -116,7 +114,7 @@ class Trainer(Run):
         self.state.tokens += rows.size
 
     def _eval_depth(self) -> int | None:
-        """The same for a validation."""
+        """Blocks of the stack in a validation: `_depth`, unless the recipe has another for it."""
         depth, own = self._depth(), self.config.optim.eval_depth
         return depth if depth is None or own is None else own
 
@@ -152,7 +150,7 @@ class Trainer(Run):
         self.recorder.record(row)
         if depth is None and self.config.model.depth is None:
             self.recorder.record_trace(self._trace())
-        _finite(result.nll, "the validation loss")
+        require_finite(result.nll, "the validation loss")
         self.rate.cuts.validated(result.nll, state.step, self.config.optim)
         self.rate.set(state.step)
         warming_up = depth is not None  # a good stack need not be a good equilibrium
@@ -194,10 +192,3 @@ class Trainer(Run):
             device=self.accelerator.device,
             plain=self._plain_model(),
         )
-
-
-def _finite(number: float, what: str) -> float:
-    """The number; NonFiniteError if it is none."""
-    if not math.isfinite(number):
-        raise NonFiniteError(f"{what} became infinite or NaN")
-    return number

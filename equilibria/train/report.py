@@ -6,12 +6,12 @@ import dataclasses
 import lzma
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from equilibria.train.advice import dropout_option
 from equilibria.train.config import RunConfig
 from equilibria.train.evaluate import Evaluation
+from equilibria.train.shown import shown_path, shown_perplexity, shown_time
 from equilibria.train.state import TrainState
 from equilibria.train.typed import without
 
@@ -156,25 +156,3 @@ def _next(summary: Mapping[str, Any], config: RunConfig, typed: Sequence[str]) -
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
     values = [row[key] for row in rows if key in row]
     return sum(values) / len(values) if values else None
-
-
-def shown_time(seconds: float) -> str:
-    """Such as 3 min 5 s."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def shown_perplexity(value: float) -> str:
-    """Such as 1,234.56; that of a model that is lost, such as 5.7e+64."""
-    return f"{value:,.2f}" if value < 1e7 else f"{value:.1e}"
-
-
-def shown_path(path: Path) -> str:
-    """A path as one would type it: relative if it is below the current folder."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

@@ -83,7 +83,7 @@ class Gradient:
             messages = ranks.gather(None if fault is None else str(fault))
             rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
             raise NonFiniteError(f"process {rank}: {message}", None if fault is None else fault.solution)
-        return Agreed(_finite(norm, "the gradient"), stops > 0, seconds)
+        return Agreed(require_finite(norm, "the gradient"), stops > 0, seconds)
 
     def _blame(self, error: NonFiniteError) -> None:
         self._fault = error
@@ -93,7 +93,7 @@ class Gradient:
         try:
             output = self.model(tokens, targets, memory, depth=depth, jacobian=jacobian > 0)
             loss = output.nll.mean()
-            self._nll = _finite(loss.item(), "the loss")
+            self._nll = require_finite(loss.item(), "the loss")
             if output.jacobian is not None:
                 loss = loss + jacobian * output.jacobian
         except NonFiniteError as error:
@@ -105,7 +105,8 @@ class Gradient:
         return share * loss, output
 
 
-def _finite(number: float, what: str) -> float:
+def require_finite(number: float, what: str) -> float:
+    """The number; NonFiniteError, which names `what` it is, if it is infinite or NaN."""
     if not math.isfinite(number):
         raise NonFiniteError(f"{what} became infinite or NaN")
     return number

@@ -15,8 +15,8 @@ from typing import Any
 
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
+from equilibria.data.disk import write_json
 from equilibria.solution import UserError
-from equilibria.train.checkpoint import write_json
 from equilibria.train.run_folder import RunFolder
 
 RETRY_SECONDS = 300.0

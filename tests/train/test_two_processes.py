@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +140,11 @@ def text_files(folder: Path) -> Path:
 
 
 def test_failure_of_one_process_ends_the_job_with_its_message(tmp_path: Path):
-    started = time.monotonic()
     run = tmp_path / "run"
     done = launch("fail", tmp_path, "train", "text", "--data-dir", text_files(tmp_path), "--run-dir", run, *OPTIONS)
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("equilibria: ")]
     assert said == ["equilibria: process 1: this process has had enough"], done.stderr
-    assert time.monotonic() - started < 90
 
 
 def test_signal_to_one_process_saves_and_ends_all_cleanly(tmp_path: Path):

@@ -9,12 +9,11 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from equilibria.data import Tokenizer, load_tokenizer
-from equilibria.data.disk import write_folder
+from equilibria.data.disk import refuse_existing, write_folder
 from equilibria.interop.huggingface.card import model_card
 from equilibria.interop.huggingface.configuration import CONFIGS
 from equilibria.interop.huggingface.modeling import MODELS, EquilibriumForCausalLM
 from equilibria.interop.huggingface.tokenization import huggingface_tokenizer
-from equilibria.solution import UserError
 from equilibria.train.checkpoint import load_state, load_weights
 from equilibria.train.config import RunConfig
 from equilibria.train.model_config import family
@@ -60,12 +59,6 @@ def write_export(
 
     write_folder(target, fill)
     return theirs
-
-
-def refuse_existing(target: Path) -> None:
-    """Raise UserError if there is something of that name."""
-    if target.exists() or target.is_symlink():
-        raise UserError(f"{target} exists already; give the name of a new folder")
 
 
 def _vocab_size(run: RunFolder) -> int:

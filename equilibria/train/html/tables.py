@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from equilibria.train.html.reading import RunView
-from equilibria.train.report import shown_perplexity, shown_time
+from equilibria.train.shown import shown_perplexity, shown_time
 from equilibria.train.trackers import flat
 
 Values = Mapping[str, Any]
