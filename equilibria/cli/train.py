@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -102,7 +102,8 @@ def _train_command(argv: Sequence[str], ranks: Ranks) -> int:
         folder = ranks.from_main(lambda: create_run(recipe, options.run_dir))
     with StopRequest(quiet=not ranks.is_main) as stop:
         try:
-            _train_all(config, corpus, folder, stop, options.load, ["equilibria", "train", *argv], ranks)
+            with _held(folder, ranks):
+                _train_all(config, corpus, folder, stop, options.load, ["equilibria", "train", *argv], ranks)
         except Interrupted:
             if ranks.is_main:
                 command = f"equilibria train {recipe} --resume --run-dir {shlex.quote(shown_path(folder.path))}"
@@ -113,6 +114,14 @@ def _train_command(argv: Sequence[str], ranks: Ranks) -> int:
                     folder.path.rmdir()
             raise
     return 0
+
+
+@contextlib.contextmanager
+def _held(folder: RunFolder, ranks: Ranks) -> Iterator[None]:
+    """The first process holds the folder for the job."""
+    with contextlib.ExitStack() as stack:
+        ranks.from_main(lambda: stack.enter_context(folder.held()))
+        yield
 
 
 def _train_all(

@@ -124,8 +124,9 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """That of the train split: two corpora that share it train a model alike."""
-        return self.train.fingerprint
+        """SHA-256 of those of the train and validation splits: two corpora that share it train a model alike, and find the
+        same weights best."""
+        return hashlib.sha256(f"{self.train.fingerprint} {self.valid.fingerprint}".encode()).hexdigest()
 
 
 def _fingerprint(*tensors: Tensor) -> str:

@@ -107,7 +107,7 @@ def _values(folder: Path, fingerprint: str) -> tuple[TrainState, Cuts]:
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder} was written by another version: it lacks {error}; start a new run") from error
     if trained_on != fingerprint:
-        raise UserError(f"the training text is not the one that {folder} was trained on; give the same --data-dir")
+        raise UserError(f"the text is not the one that {folder} was trained and validated on; give the same --data-dir")
     return state, cuts
 
 

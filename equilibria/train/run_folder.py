@@ -14,11 +14,15 @@ twin/                the explicit twin, a run of its own
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from equilibria.data.disk import present, sync, write_json, write_text
 from equilibria.solution import UserError
@@ -135,6 +139,24 @@ class RunFolder:
     def twin(self) -> RunFolder:
         """The run of the explicit twin."""
         return RunFolder(self.path / "twin")
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Around training: no other process may train into this folder, which UserError says. A kill ends the hold."""
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"another process trains in {self.path}; wait until it has ended, or give another --run-dir"
+            ) from None
+        except NotImplementedError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            (self.path / ".lock").unlink(missing_ok=True)
+            lock.release()
 
     def store_config(self, config: RunConfig) -> None:
         """Write config.json, making the folder if need be."""

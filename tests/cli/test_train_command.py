@@ -276,6 +276,7 @@ def test_a_run_can_begin_with_the_model_of_another(trained: Path, text_dir: Path
     options[options.index(str(text_dir))] = str(other)
     assert "gives another vocabulary than the one in" in failure("train", "text", *options, "--run-dir", tmp_path / "cows")
     assert not (tmp_path / "cows").exists()
+    options[options.index(str(other))] = str(text_dir)
     assert main(["train", "text", *options, *few, "--resume", "--run-dir", str(tmp_path / "more"), "--steps", "2"]) == 0
     assert "there is no run folder" in failure("train", "text", "--load", tmp_path / "nowhere", "--data-dir", text_dir)
 

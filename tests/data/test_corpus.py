@@ -37,8 +37,13 @@ def test_the_fingerprint_is_that_of_the_numbers_whatever_their_type() -> None:
     expected = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     assert Split(tokens, None).fingerprint == Split(tokens.to(torch.int32), 5).fingerprint == expected
     assert Split(tokens.flip(0), None).fingerprint != expected
-    corpus = Corpus("x", Split(tokens, None), Split(tokens[:9], None), Split(tokens[:9], None), Vocabulary(["<eos>"]), None)
-    assert corpus.fingerprint == expected
+
+
+def test_the_fingerprint_of_a_corpus_is_that_of_the_splits_that_a_run_depends_on() -> None:
+    a, b = Split(torch.arange(50), None), Split(torch.arange(9), None)
+    words = Vocabulary(["<eos>"])
+    found = {Corpus("x", *splits, words, None).fingerprint for splits in [(a, b, b), (a, b, a), (a, a, b), (b, b, b)]}
+    assert len(found) == 3
 
 
 def test_the_fingerprint_is_computed_once() -> None:

@@ -237,10 +237,12 @@ def test_not_a_number_says_where_and_what_to_do(make: Make, saved: bool):
         assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
 
 
-def test_another_text_cannot_be_resumed(make: Make, corpus: Corpus):
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_another_text_cannot_be_resumed(make: Make, corpus: Corpus, split: str):
     make(with_optim(steps=2)).run()
-    other = dataclasses.replace(corpus, train=Split(corpus.train.tokens.flip(0), corpus.train.text_bytes))
-    with pytest.raises(UserError, match="the training text is not the one"):
+    text = getattr(corpus, split)
+    other = dataclasses.replace(corpus, **{split: Split(text.tokens.flip(0), text.text_bytes)})
+    with pytest.raises(UserError, match="the text is not the one"):
         make(with_optim(steps=2), corpus=other)
 
 

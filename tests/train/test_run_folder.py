@@ -73,3 +73,13 @@ def test_a_damaged_line_takes_no_other_with_it(tmp_path: Path, damage: bytes):
 def test_a_damaged_command_is_as_none(tmp_path: Path, damage: bytes):
     (tmp_path / "command.txt").write_bytes(damage)
     assert options_of(tmp_path / "command.txt") == []
+
+
+def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path):
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    with folder.held(), pytest.raises(UserError, match=r"another process trains in .*run; wait until it has ended"):
+        folder.held().__enter__()
+    assert list(folder.path.iterdir()) == []
+    with folder.held():
+        pass
