@@ -43,6 +43,8 @@ class Trainer(Run):
             stack.callback(progress.close)
             stack.callback(self.recorder.close)
             self.recorder.open(progress.note)
+            if self.state.step:
+                progress.note(f"going on from step {self.state.step}/{self.last_step}")
             self.model.train()
             if self.config.on_nonfinite == "roll-back" and self.saved_step is None:
                 self.save()  # so that there is something to go back to
