@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import random
 import signal
 import sys
 from collections.abc import Callable
@@ -14,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_runs import CONFIG
+from small_runs import CONFIG, small_corpus
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from equilibria.adjoints.implicit_function import LinearSystem
 from equilibria.cli.main import main
-from equilibria.data import BytePair, Corpus, Split, copy_memory
+from equilibria.data import Corpus, copy_memory
 from equilibria.recipes.build import build_model
 from equilibria.solution import NonFiniteError, UserError
 from equilibria.solvers import GMRES, Anderson
@@ -46,17 +45,6 @@ def configuration(**optim: Any) -> RunConfig:
     )
 
 
-def text() -> Corpus:
-    draw = random.Random(0)
-    written = "".join(draw.choice("abcd ") for _ in range(400))
-    tokenizer = BytePair.train(written, 256)
-
-    def split(begin: int, end: int) -> Split:
-        return Split(torch.tensor(tokenizer.encode(written[begin:end])), end - begin)
-
-    return Corpus("text", split(0, 160), split(160, 240), split(240, 320), tokenizer, written[240:320])
-
-
 def sequences(count: int = 5) -> Corpus:
     """Five sequences, so that the last batch of four has one: too few for two processes. Of seven it has three."""
     return copy_memory(2, train=count, valid=3, test=3)
@@ -71,8 +59,8 @@ def trainer(config: RunConfig, corpus: Corpus, folder: Path, ranks: Ranks = ALON
 
 
 CASES: dict[str, tuple[RunConfig, Callable[[], Corpus]]] = {
-    "plain": (configuration(), text),
-    "accumulated": (configuration(accumulate=2, batch_chunk=2, steps=12), text),
+    "plain": (configuration(), small_corpus),
+    "accumulated": (configuration(accumulate=2, batch_chunk=2, steps=12), small_corpus),
     "unequal parts": (configuration(pretrain_steps=0, steps=4, length=22, batch_chunk=3), lambda: sequences(7)),
     "uneven": (configuration(pretrain_steps=0, steps=6, length=22), sequences),
 }
@@ -114,13 +102,13 @@ def compare(folder: Path) -> None:
             run.config = dataclasses.replace(run.config, eval_batch_size=lanes)
             found[f"{parallel}-valid-{lanes}"] = run.evaluate("valid").nll
         resumed = trainer(
-            dataclasses.replace(CASES["plain"][0], parallel=parallel), text(), folder / f"from-1-{parallel}", ranks
+            dataclasses.replace(CASES["plain"][0], parallel=parallel), small_corpus(), folder / f"from-1-{parallel}", ranks
         )
         assert resumed.state.step == 25
         resumed.run()
 
         config = dataclasses.replace(configuration(pretrain_steps=0, steps=4), parallel=parallel)
-        unequal = trainer(config, text(), folder / f"{parallel}-unequal", ranks)
+        unequal = trainer(config, small_corpus(), folder / f"{parallel}-unequal", ranks)
         deq: Any = unequal._plain_model().deq
         deq.stopping = dataclasses.replace(deq.stopping, rtol=1e-14, max_evals=4 + 30 * ranks.rank)
         for _ in range(2):
@@ -151,7 +139,7 @@ def nonfinite(*_: Any) -> Any:
 
 def nonfinite_backward(config: RunConfig, folder: Path, ranks: Ranks) -> Any:
     """What each process says of a step in which a backward solve of the second is not finite."""
-    run = trainer(config, text(), folder, ranks)
+    run = trainer(config, small_corpus(), folder, ranks)
     solve = LinearSystem.solve
 
     def spoilt(self: LinearSystem, *args: Any, **options: Any) -> Any:

@@ -14,7 +14,7 @@ from equilibria.data import Corpus, Tokenizer, load_tokenizer
 from equilibria.models import EquilibriumLM
 from equilibria.recipes.build import build_corpus, build_model
 from equilibria.solution import UserError
-from equilibria.train.checkpoint import load_state, load_weights
+from equilibria.train.checkpoint import load_weights
 from equilibria.train.config import DataConfig, MethodName, RunConfig
 from equilibria.train.evaluate import Evaluation, evaluate
 from equilibria.train.run_folder import RunFolder, open_run
@@ -66,7 +66,7 @@ def load_run(path: Path, data_dir: Path | None = None) -> LoadedRun:
     config = folder.load_config()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    size = None if folder.tokenizer.is_dir() else load_state(folder.best).get("vocab_size")
+    size = folder.vocab_size_without_tokenizer()
     if size is None:
         return LoadedRun(folder=folder, config=config, tokenizer=load_tokenizer(folder.tokenizer))
     data = _with_data_dir(config.data, data_dir)

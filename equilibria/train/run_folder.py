@@ -90,6 +90,10 @@ class RunFolder:
             return instead
         return self.best
 
+    def vocab_size_without_tokenizer(self) -> int | None:
+        """Words that the model of a run knows which was converted without its text; None of one with a tokenizer."""
+        return None if self.tokenizer.is_dir() else load_state(self.best).get("vocab_size")
+
     def _newest(self) -> Path:
         """The newest checkpoint without damage."""
 

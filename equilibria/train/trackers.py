@@ -47,12 +47,13 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], folder: RunFolder, *, project: str, say: Callable[[str], None]) -> None:
         check_trackers(names)
+        self._folder = folder
         self._tracked = [Tracked(_make(name, folder, project), say) for name in names if name != "none"]
 
     def open(self, *, step: int, config: Mapping[str, Any]) -> None:
         """Start or continue each; `step` is that of the checkpoint to go on from, `config` the hyperparameters."""
         for tracked in self._tracked:
-            tracked.do(lambda tracker: tracker.begin(step, flat(config)))
+            tracked.do(lambda tracker: tracker.begin(self._folder, step, flat(config)))
 
     def log(self, row: Mapping[str, float], step: int) -> None:
         """Send a row to each."""
@@ -116,10 +117,7 @@ class Tracked:
 class _TensorBoard(TensorBoardTracker):
     """Events in the run folder. Those after the step of the checkpoint are purged when the run goes on."""
 
-    def __init__(self, folder: RunFolder, project: str) -> None:
-        super().__init__("tensorboard", folder.path)
-
-    def begin(self, step: int, config: dict[str, Any]) -> None:
+    def begin(self, folder: RunFolder, step: int, config: dict[str, Any]) -> None:
         self.init_kwargs = {"purge_step": step + 1} if step else {}
         self.start()
         if not step:
@@ -137,32 +135,24 @@ class _TensorBoard(TensorBoardTracker):
 class _WandB(WandBTracker):
     """A run of W&B. Rows that a resumed run repeats are those it has; it leaves them out."""
 
-    def __init__(self, folder: RunFolder, project: str) -> None:
-        super().__init__(project)
-        self.folder = folder
-
-    def begin(self, step: int, config: dict[str, Any]) -> None:
-        run_id = _stored_ids(self.folder).get(self.name)
-        names = {"name": _run_name(self.folder)} if run_id is None else {"id": run_id, "resume": "allow"}
-        self.folder.path.mkdir(parents=True, exist_ok=True)
-        self.init_kwargs = {"dir": str(self.folder.path), **names}
+    def begin(self, folder: RunFolder, step: int, config: dict[str, Any]) -> None:
+        run_id = _stored_ids(folder).get(self.name)
+        names = {"name": _run_name(folder)} if run_id is None else {"id": run_id, "resume": "allow"}
+        folder.path.mkdir(parents=True, exist_ok=True)
+        self.init_kwargs = {"dir": str(folder.path), **names}
         self.start()
-        _store_id(self.folder, self.name, self.run.id)
+        _store_id(folder, self.name, self.run.id)
         self.run.config.update(config, allow_val_change=True)
 
 
 class _MLflow(MLflowTracker):
     """A run of MLflow, where MLFLOW_TRACKING_URI points. Its parameters cannot change: they stay those of the start."""
 
-    def __init__(self, folder: RunFolder, project: str) -> None:
-        super().__init__(project)
-        self.folder = folder
-
-    def begin(self, step: int, config: dict[str, Any]) -> None:
-        run_id = _stored_ids(self.folder).get(self.name)
-        self.run_id, self.run_name = run_id, _run_name(self.folder)
+    def begin(self, folder: RunFolder, step: int, config: dict[str, Any]) -> None:
+        run_id = _stored_ids(folder).get(self.name)
+        self.run_id, self.run_name = run_id, _run_name(folder)
         self.start()
-        _store_id(self.folder, self.name, self.active_run.info.run_id)
+        _store_id(folder, self.name, self.active_run.info.run_id)
         if run_id is None:
             self.store_init_configuration(config)
 
@@ -170,26 +160,20 @@ class _MLflow(MLflowTracker):
 class _Trackio(TrackioTracker):
     """A run of Trackio, which knows its runs by their names."""
 
-    def __init__(self, folder: RunFolder, project: str) -> None:
-        super().__init__(project)
-        self.folder = folder
-
-    def begin(self, step: int, config: dict[str, Any]) -> None:
-        name = _stored_ids(self.folder).get(self.name)
+    def begin(self, folder: RunFolder, step: int, config: dict[str, Any]) -> None:
+        name = _stored_ids(folder).get(self.name)
         if name is None:
-            name = f"{_run_name(self.folder)}-{time.strftime('%Y%m%d-%H%M%S')}"  # another run may have had the folder
+            name = f"{_run_name(folder)}-{time.strftime('%Y%m%d-%H%M%S')}"  # another run may have had the folder
         self.init_kwargs = {"name": name, "resume": "allow", "config": config}
         self.start()
-        _store_id(self.folder, self.name, name)
+        _store_id(folder, self.name, name)
 
 
-TRACKERS: dict[str, Callable[[RunFolder, str], GeneralTracker]] = {
-    "tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow, "trackio": _Trackio,
-}  # fmt: skip
+TRACKERS = {"wandb": _WandB, "mlflow": _MLflow, "trackio": _Trackio}
 
 
 def _make(name: str, folder: RunFolder, project: str) -> GeneralTracker:
-    return TRACKERS[name](folder, project)
+    return _TensorBoard("tensorboard", folder.path) if name == "tensorboard" else TRACKERS[name](project)
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

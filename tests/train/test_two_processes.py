@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from two_processes import CASES, configuration, sequences, text, trainer
+from small_runs import small_corpus
+from two_processes import CASES, configuration, sequences, trainer
 
 from equilibria.solution import UserError
 from equilibria.train.distributed import Ranks
@@ -92,7 +93,7 @@ def test_resumed_on_another_number_of_processes(folder: Path, parallel: str):
     copy = folder / f"from-2-{parallel}"
     shutil.copytree(folder / f"{parallel}-plain", copy)
     shutil.rmtree(RunFolder(copy).checkpoints.path(50))
-    resumed = trainer(CASES["plain"][0], text(), copy)
+    resumed = trainer(CASES["plain"][0], small_corpus(), copy)
     assert resumed.state.step == 25
     assert resumed.reader.memory is not None
     assert len(resumed.reader.memory[0]) == 4
@@ -160,4 +161,4 @@ def test_signal_to_one_process_saves_and_ends_all_cleanly(tmp_path: Path):
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="--batch-size is 4; 3 processes cannot share it equally; give a multiple of 3"):
-        trainer(configuration(), text(), tmp_path, Ranks(0, 3))
+        trainer(configuration(), small_corpus(), tmp_path, Ranks(0, 3))

@@ -14,7 +14,7 @@ from equilibria.interop.huggingface.card import model_card
 from equilibria.interop.huggingface.configuration import CONFIGS
 from equilibria.interop.huggingface.modeling import MODELS, EquilibriumForCausalLM
 from equilibria.interop.huggingface.tokenization import huggingface_tokenizer
-from equilibria.train.checkpoint import load_state, load_weights
+from equilibria.train.checkpoint import load_weights
 from equilibria.train.config import RunConfig
 from equilibria.train.model_config import family
 from equilibria.train.run_folder import RunFolder, open_run
@@ -63,7 +63,7 @@ def write_export(
 
 def _vocab_size(run: RunFolder) -> int:
     """Of the run's tokenizer; a run that was converted without its text has none, but says its size."""
-    size = None if run.tokenizer.is_dir() else load_state(run.weights).get("vocab_size")
+    size = run.vocab_size_without_tokenizer()
     return load_tokenizer(run.tokenizer).size if size is None else size
 
 
