@@ -48,6 +48,7 @@ class Declared:
                     "(then its parameters count as passed)"
                 )
         self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # constants
+        self._plain = all(spec.is_leaf() for spec in self._spec.children())  # no arg is a structure
         self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._owned = [] if self.module is None else _owned(self.module)
         self.tensors: tuple[Tensor, ...] = (*(leaves[i] for i in self._places), *(owned.tensor for owned in self._owned))
@@ -55,10 +56,7 @@ class Declared:
 
     def __call__(self, z: Tensor, *tensors: Tensor) -> Tensor:
         """(B, D) -> (B, D)"""
-        leaves = list(self._leaves)
-        for place, tensor in zip(self._places, tensors, strict=False):
-            leaves[place] = tensor
-        args = tree_unflatten(leaves, self._spec)
+        args = self._args(tensors)
         state = self.layout.unpack(z)
         owned, version = tensors[len(self._places) :], _version(z)
         with self.autocast or nullcontext():
@@ -78,6 +76,13 @@ class Declared:
         if self.autocast is not None:
             output = tree_map_only(Tensor, lambda leaf: leaf.to(self.layout.dtype), output)
         return self.layout.pack_output(output, z.shape[0])
+
+    def _args(self, tensors: Sequence[Tensor]) -> Sequence[Any]:
+        """The args of f as the user gave them, with these tensors in place."""
+        leaves = list(self._leaves)
+        for place, tensor in zip(self._places, tensors, strict=False):
+            leaves[place] = tensor
+        return leaves if self._plain else tree_unflatten(leaves, self._spec)
 
     def probe(self, z: Tensor, *tensors: Tensor, check_grad: bool) -> Tensor:
         """f(z0), looked at more closely than later evaluations.

@@ -140,7 +140,7 @@ class Loop:
         """Step until done, looking every `check_every` steps at which samples still run."""
         while f.remaining > 0:
             if step % self.stopping.check_every == 0:
-                left = int(record.running.sum())
+                left = record.left()
                 if left == 0:
                     return
                 if 2 * left <= len(record.status) and f.batch_dims is not None and self.watch is None:
@@ -165,6 +165,11 @@ class Record:
     running: Tensor
     trace: list[Tensor]
     """(B,) residuals at the start and after every step."""
+    sighted: bool = False
+    """Whether values of tensors may be asked for at no cost: a CPU answers faster than it moves data, an accelerator would
+    have to wait."""
+    counted: int | None = None
+    """Samples that still run, where that is known."""
 
     @staticmethod
     def start(state: State, stopping: Stopping) -> Record:
@@ -178,7 +183,8 @@ class Record:
                 )
         steps = torch.zeros_like(residual, dtype=torch.int64)
         running = torch.ones_like(residual, dtype=torch.bool)
-        record = Record(state.z, residual, scale, steps, steps.to(torch.int8), running, [residual])
+        sighted = residual.device.type == "cpu" and not blind()
+        record = Record(state.z, residual, scale, steps, steps.to(torch.int8), running, [residual], sighted, len(residual))
         finite = _finite(residual, scale)
         record._settle(finite, finite & (residual <= stopping.tolerance(scale)))
         return record
@@ -186,14 +192,17 @@ class Record:
     def update(self, state: State, stopping: Stopping) -> Tensor:
         """Take in one step of every sample, except those that are frozen. Returns whose best iterate (B,) it is."""
         residual, scale = _measure(state, stopping)
-        finite = _finite(residual, scale)
-        converged = finite & (residual <= stopping.tolerance(scale))
-        better = self.running & (converged | (residual < self.residual))
+        tolerance = stopping.tolerance(scale)
         if stopping.trace:
             self.trace.append(torch.where(self.running, residual, self.residual))
-        if _known(better.all()):  # the usual case moves no data
+        if self._usual(residual, tolerance):
             self.z, self.residual, self.scale = state.z, residual, scale
-        elif not _known(~better.any()):
+            self.steps = self.steps + 1
+            return self.running
+        finite = _finite(residual, scale)
+        converged = finite & (residual <= tolerance)
+        better = self.running & (converged | (residual < self.residual))
+        if not (self.sighted and not bool(better.any())):
             self.z = torch.where(better.unsqueeze(1), state.z, self.z)
             self.residual = torch.where(better, residual, self.residual)
             self.scale = torch.where(better, scale, self.scale)
@@ -201,14 +210,27 @@ class Record:
         self._settle(finite, converged)
         return better
 
+    def _usual(self, residual: Tensor, tolerance: Tensor) -> bool:
+        """Whether every sample runs, came closer and has not arrived, which moves no data; false for NaN and inf."""
+        if not self.sighted or self.counted != len(self.status):
+            return False
+        return bool(((residual < self.residual) & (residual > tolerance)).all())
+
+    def left(self) -> int:
+        """How many samples still run."""
+        if self.counted is None:
+            self.counted = int(self.running.sum())
+        return self.counted
+
     def _settle(self, finite: Tensor, converged: Tensor) -> None:
         """Freeze the running samples that converged or failed."""
         settled = self.running & (converged | ~finite)
-        if _known(~settled.any()):
+        if self.sighted and not bool(settled.any()):
             return
         status = torch.where(finite, int(Status.CONVERGED), int(Status.NONFINITE)).to(torch.int8)
         self.status = torch.where(settled, status, self.status)
         self.running = self.running & ~settled
+        self.counted = None
 
     def copy(self) -> Record:
         return replace(self, trace=list(self.trace))
@@ -216,16 +238,17 @@ class Record:
     def take(self, rows: Tensor) -> Record:
         """The record of some samples alone, with an empty trace."""
         tensors = {name: value.index_select(0, rows) for name, value in self._tensors().items()}
-        return replace(self, trace=[], **tensors)
+        return replace(self, trace=[], counted=len(rows), **tensors)
 
     def put(self, rows: Tensor, part: Record) -> None:
         """Take in the record of some samples, and what it traced, as more steps of all."""
         self.trace += [self.residual.index_copy(0, rows, residual) for residual in part.trace]
         for name, value in part._tensors().items():
             setattr(self, name, getattr(self, name).index_copy(0, rows, value))
+        self.counted = None
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if name != "trace"}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def solved(self, stopping: Stopping) -> Solved:
         status = torch.where(self.running, int(Status.EXHAUSTED), self.status)
@@ -242,11 +265,6 @@ def ratio(residual: Tensor, scale: Tensor) -> Tensor:
 def _finite(residual: Tensor, scale: Tensor) -> Tensor:
     """False for NaN too. Where the norm of f(z) overflows, any residual would be below rtol times it."""
     return (residual < float("inf")) & (scale < float("inf"))
-
-
-def _known(condition: Tensor) -> bool:
-    """Whether a condition is known to hold: a CPU answers faster than it moves data, an accelerator would have to wait."""
-    return condition.device.type == "cpu" and not blind() and bool(condition)
 
 
 def _measure(state: State, stopping: Stopping) -> tuple[Tensor, Tensor]:

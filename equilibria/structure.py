@@ -15,6 +15,10 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 
+_LEAF = tree_flatten(torch.empty(0))[1]
+"""The structure of a state that is a single tensor: most are, and need not be looked through."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a state is laid out: its structure, the shape of each tensor behind the batch dimension, and what z0 was."""
@@ -28,6 +32,8 @@ class Layout:
 
     def pack(self, state: Any) -> Tensor:
         """(B, D): the tensors of `state`, flattened and side by side."""
+        if isinstance(state, Tensor):
+            return state if state.dim() == 2 else state.reshape(state.shape[0], prod(self.shapes[0]))
         leaves = tree_flatten(state)[0]
         flat = [leaf.reshape(leaf.shape[0], prod(shape)) for leaf, shape in zip(leaves, self.shapes, strict=True)]
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
@@ -35,6 +41,8 @@ class Layout:
     def unpack(self, flat: Tensor) -> Any:
         """The inverse of `pack`: views into `flat` (B, D)."""
         batch = flat.shape[0]
+        if self.spec.is_leaf():
+            return flat if len(self.shapes[0]) == 1 else flat.reshape(batch, *self.shapes[0])
         if len(self.shapes) == 1:
             leaves = [flat.reshape(batch, *self.shapes[0])]
         else:
@@ -44,7 +52,10 @@ class Layout:
 
     def pack_output(self, output: Any, batch: int) -> Tensor:
         """`pack` for what f returned, refused unless structure, shapes and dtype are those of the state."""
-        leaves, spec = tree_flatten(output)
+        if isinstance(output, Tensor):
+            leaves, spec = [output], _LEAF
+        else:
+            leaves, spec = tree_flatten(output)
         if spec != self.spec:
             output = _in_order_of(tree_unflatten(self.paths, self.spec), output)
             leaves, spec = tree_flatten(output)
@@ -70,11 +81,13 @@ class Layout:
 
 def layout_of(z0: Any) -> Layout:
     """The layout of an initial state; raises where z0 cannot be a state."""
-    pairs, spec = tree_flatten_with_path(z0)
-    if not pairs:
+    if isinstance(z0, Tensor):
+        leaves, paths, spec = [z0], ("z",), _LEAF
+    else:
+        pairs, spec = tree_flatten_with_path(z0)
+        paths, leaves = tuple(f"z{keystr(path)}" for path, _ in pairs), [leaf for _, leaf in pairs]
+    if not leaves:
         raise ValueError("z0 holds no tensor; give a tensor with the batch first, or a structure of such tensors")
-    paths = tuple(f"z{keystr(path)}" for path, _ in pairs)
-    leaves = [leaf for _, leaf in pairs]
     for leaf, path in zip(leaves, paths, strict=True):
         if not isinstance(leaf, Tensor):
             raise TypeError(f"z0 holds a {type(leaf).__name__} at {path}; a state is made of tensors alone")

@@ -7,6 +7,7 @@ How it is solved is the adjoint's to say.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from equilibria.solution import NonFiniteError, UndeclaredTensorError
 from equilibria.solvers import Solver
 from equilibria.stopping import Stopping
 from equilibria.transforms import (
+    carries_derivatives,
     differentiating,
     forward_modes,
     hides_batch,
@@ -115,6 +117,9 @@ def fixed_point_of(rule: Rule, f: DeclaredFunction, z0: Tensor, args: tuple[Tens
 
 def implicit(rule: Rule, f: Function, forward: Forward, z0: Tensor, fz0: Tensor, args: Sequence[Tensor]) -> Solved:
     """The fixed point of f, searched from z0, differentiable in args by `rule`."""
+    if not transformed() and not (differentiating() and any(map(carries_derivatives, args))):
+        with torch.no_grad():
+            return forward(f, z0, fz0, args)
     return Solved(*_FixedPoint.apply(rule, f, forward, z0, fz0, *args))  # type: ignore[misc]
 
 
@@ -189,6 +194,10 @@ class _FixedPoint(torch.autograd.Function):
         z, *rest, trace = fixed
         outputs = (*(value.unflatten(0, (size, -1)) for value in (z, *rest)), trace.unflatten(1, (size, -1)))
         return outputs, (0, 0, 0, 0, 0, 1)
+
+
+# torch asks for it at every call, and to find it out takes as long as ten evaluations of a small f.
+_FixedPoint.forward.__signature__ = inspect.signature(_FixedPoint.forward)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _once(ctx: Any, z: Tensor, args: Sequence[Tensor], wants: Sequence[bool], g: Tensor) -> Sequence[Tensor | None]:
