@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
-
 _LEAF = tree_flatten(torch.empty(0))[1]
 """The structure of a state that is a single tensor: most are, and need not be looked through."""
 

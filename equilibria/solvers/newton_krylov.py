@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from equilibria.solvers.gmres import arnoldi, krylov_space, least_squares
+from equilibria.solvers.krylov import KrylovSpace
 from equilibria.solvers.line_search import backtrack
-from equilibria.solvers.solver import Map, State, check_count, difference
+from equilibria.solvers.solver import Map, State, check_count, combine, difference
 from equilibria.stopping import l2
 
 
@@ -97,24 +97,20 @@ class NewtonKrylov:
     def _direction(self, f: Map, state: NewtonKrylovState, jacobian: Callable[[Tensor], Tensor]) -> Tensor:
         """s (B, D) by GMRES from s = 0; each sample as it was when its own η was met."""
         g = state.g
-        beta, basis, hessenberg = krylov_space(g, self.max_krylov)
+        space = KrylovSpace.of(g, self.max_krylov)
         enough = state.forcing.clamp(min=10 * torch.finfo(g.dtype).eps)
         y = g.new_zeros(len(g), 0)
         residual = torch.ones_like(enough)  # ‖g - (I - J) s‖ / ‖g‖
-        open_ = (beta > 0).squeeze(1) & beta.isfinite().squeeze(1)
-        k = 0
-        while k < self.max_krylov and f.remaining > 1 and bool(open_.any()):
-            v = basis[:, k]
-            w = v - jacobian(v.to(state.z.dtype)).to(g.dtype)
-            basis, hessenberg = arnoldi(basis, hessenberg, k, w)
-            k += 1
-            found, rest = least_squares(hessenberg[:, : k + 1, :k], beta)
-            size = l2(rest.detach())
+        open_ = (space.beta > 0).squeeze(1) & space.beta.isfinite().squeeze(1)
+        while space.size < self.max_krylov and f.remaining > 1 and bool(open_.any()):
+            v = space.basis[:, space.size]
+            space = space.extend(v - jacobian(v.to(state.z.dtype)).to(g.dtype))
+            size = space.residual.detach()
             better = open_ & (size < residual)
-            y = torch.where(better.unsqueeze(1), found, torch.nn.functional.pad(y, (0, 1)))
+            y = torch.where(better.unsqueeze(1), space.y, torch.nn.functional.pad(y, (0, 1)))
             residual = torch.where(better, size, residual)
-            open_ = open_ & (size > enough) & (hessenberg[:, k, k - 1] > 0)  # false for NaN
-        s = torch.bmm((y * beta).unsqueeze(1), basis[:, :k]).squeeze(1)
+            open_ = open_ & (size > enough) & space.grew  # false for NaN
+        s = combine(torch.zeros_like(g), -y, space.basis[:, : space.size])
         return torch.where((residual < 1.0).unsqueeze(1), s, g)
 
     def _next_forcing(self, state: NewtonKrylovState, g: Tensor) -> Tensor:
