@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -17,14 +17,17 @@ from equilibria.solvers.solver import (
     combine,
     difference,
     dots,
+    identities,
     in_use,
+    inverse_of,
     newest,
     ring,
+    scaled,
     solve_scaled,
     square_in_use,
     store_difference,
-    store_length,
     store_products,
+    store_value,
 )
 from equilibria.stopping import l2
 
@@ -40,10 +43,12 @@ class AndersonState(State):
     """(B, m, D) differences of g between successive iterates; a ring buffer."""
     df: Tensor
     """(B, m, D) the same differences of f."""
-    gram: Tensor
-    """(B, m, m) dg dgᵀ; for type 1 alone, -dz dgᵀ."""
-    lengths: Tensor
-    """(B, m) ‖Δg‖₂, 0 for pairs that are not in use or forgotten."""
+    system: Tensor
+    """(B, m, m) dg dgᵀ, for type 1 alone -dz dgᵀ, scaled and with the ridge."""
+    inverse: Tensor
+    """(B, m) 1 / ‖Δg‖₂, 0 for pairs that are not in use or forgotten."""
+    rhs: Tensor
+    """(B, used) dg · g, for type 1 alone -dz · g."""
     norm: Tensor
     """(B,) ‖g‖₂."""
     expansion: Tensor
@@ -57,9 +62,9 @@ class AndersonState(State):
 
     def pull(self, g: Tensor) -> Tensor:
         """gᵀ H = gᵀ - (ΔF g)ᵀ (ΔG ΔGᵀ)⁻¹ ΔG, the estimate of type 2, whatever steps were taken."""
-        dg, df, lengths = (in_use(part, self.age) for part in (self.dg, self.df, self.lengths))
-        gamma = solve_scaled(torch.bmm(dg, dg.mT), dots(df, g), lengths, 10 * torch.finfo(g.dtype).eps)
-        return combine(g, gamma, dg)
+        dg, df, inverse = (in_use(part, self.age) for part in (self.dg, self.df, self.inverse))
+        system = scaled(torch.bmm(dg, dg.mT), inverse, 10 * torch.finfo(g.dtype).eps)
+        return combine(g, solve_scaled(system, *dots(df, g), inverse), dg)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +82,7 @@ class Anderson:
     whose residual exceeds what its step of type 2 predicted forgets them too (`restart`), so that a long history does no
     harm. After forgetting comes a plain step.
 
-    A step costs one evaluation of f and three passes over the pairs in use (five for type 1); of the Gram matrix only the
+    A step costs one evaluation of f and two passes over the pairs in use (four for type 1); of the Gram matrix only the
     new row is computed, except for the samples that have stalled. Memory is 2 · history states. A sample whose small system
     is singular takes a plain step.
 
@@ -117,18 +122,18 @@ class Anderson:
         g = difference(fz, z0)
         batch, size = g.shape
         history = min(self.history, size)  # more pairs are linearly dependent
-        dg, df = ring(g, history), ring(g, history)
-        gram = g.new_zeros(batch, history, history)
         norm = l2(g.detach())
+        inverse = g.new_zeros(batch, history)
         return AndersonState(
-            z=z0, fz=fz, g=g, dg=dg, df=df, gram=gram, lengths=gram[:, 0], norm=norm,
-            expansion=torch.ones_like(norm), mark=norm, waited=torch.zeros_like(norm, dtype=torch.int64), age=0,
+            z=z0, fz=fz, g=g, dg=ring(g, history), df=ring(g, history), system=identities(g, history), inverse=inverse,
+            rhs=torch.zeros_like(inverse), norm=norm, expansion=torch.ones_like(norm), mark=norm,
+            waited=torch.zeros_like(norm, dtype=torch.int64), age=0,
         )  # fmt: skip
 
     def step(self, f: Map, state: AndersonState) -> AndersonState:
-        z, rest, predicted = state.fz.to(state.g.dtype), state.g, state.norm
+        z, rest, gamma = state.fz.to(state.g.dtype), state.g, None
         if isinstance(state.age, Tensor) or state.age:
-            gamma, predicted = self._weights(state)
+            gamma = self._weights(state)
             z = combine(z, gamma, in_use(state.df, state.age))
             if self.damping != 1.0:
                 rest = combine(rest, gamma, in_use(state.dg, state.age))
@@ -136,66 +141,86 @@ class Anderson:
             z = z - (1.0 - self.damping) * rest
         z = z.to(state.z.dtype)
         fz = f(z)
-        return self._remember(state, z, fz, difference(fz, z), predicted)
+        return self._remember(state, z, fz, difference(fz, z), gamma)
 
-    def _weights(self, state: AndersonState) -> tuple[Tensor, Tensor]:
-        """(B, used) γ, and (B,) ‖g - Σ γᵢ Δgᵢ‖₂, infinite for steps of type 1: those may raise the residual."""
-        dg, df, lengths = (in_use(part, state.age) for part in (state.dg, state.df, state.lengths))
-        gram, rhs = square_in_use(state.gram, state.age), dots(dg, state.g)
-        if self.type == 1:
-            return self._solve(gram, rhs - dots(df, state.g), lengths), torch.full_like(state.norm, torch.inf)
-        stalled = _stalled(state) if self.type is None else None
-        traced = _unseen(state)
-        if stalled is not None and traced:  # which samples have stalled is not known: all take part
-            system, right = _first_type(dg, df, state.g)
-            system = torch.where(stalled.view(-1, 1, 1), system, gram)
-            gamma = self._solve(system, torch.where(stalled.unsqueeze(1), right, rhs), lengths)
-        else:
-            gamma = self._solve(gram, rhs, lengths)
-        # ‖g‖² - γ · ΔG g is what γ has made least: the square asked for, and the ridge's share, which is small.
-        predicted = (state.norm.square() - torch.linalg.vecdot(gamma.detach(), rhs.detach())).clamp(min=0).sqrt()
-        if stalled is not None:
-            predicted = torch.where(stalled, torch.inf, predicted)
-            if not traced and len(rows := stalled.nonzero().squeeze(1)):
-                first = self._solve(*_first_type(dg[rows], df[rows], state.g[rows]), lengths[rows])
-                gamma = gamma.index_copy(0, rows, first)
-        return gamma, predicted
+    def _weights(self, state: AndersonState) -> Tensor:
+        """(B, used) γ"""
+        system, inverse = square_in_use(state.system, state.age), in_use(state.inverse, state.age)
+        if self.type is not None or not (_unseen(state) or bool(_waiting(state).any())):
+            return solve_scaled(system, state.rhs, inverse)
+        stalled = _stalled(state)
+        dg, df = in_use(state.dg, state.age), in_use(state.df, state.age)
+        if _unseen(state):  # which samples have stalled is not known: all take part
+            first, right = _first_type(dg, df, state.g)
+            system = torch.where(stalled.view(-1, 1, 1), scaled(first, inverse, self._ridge(system)), system)
+            return solve_scaled(system, torch.where(stalled.unsqueeze(1), right, state.rhs), inverse)
+        gamma = solve_scaled(system, state.rhs, inverse)
+        if len(rows := stalled.nonzero().squeeze(1)):
+            first, right = _first_type(dg[rows], df[rows], state.g[rows])
+            first = scaled(first, inverse[rows], self._ridge(system))
+            gamma = gamma.index_copy(0, rows, solve_scaled(first, right, inverse[rows]))
+        return gamma
 
-    def _solve(self, system: Tensor, rhs: Tensor, lengths: Tensor) -> Tensor:
-        ridge = 10 * torch.finfo(system.dtype).eps if self.ridge is None else self.ridge
-        return solve_scaled(system, rhs, lengths, ridge)
+    def _ridge(self, system: Tensor) -> float:
+        return 10 * torch.finfo(system.dtype).eps if self.ridge is None else self.ridge
 
-    def _remember(self, state: AndersonState, z: Tensor, fz: Tensor, g: Tensor, predicted: Tensor) -> AndersonState:
+    def _remember(self, state: AndersonState, z: Tensor, fz: Tensor, g: Tensor, gamma: Tensor | None) -> AndersonState:
         age = state.age
         dg = store_difference(state.dg, age, g, state.g)
         df = store_difference(state.df, age, fz, state.fz)
         new = newest(dg, age)
-        row = column = dots(in_use(dg, age + 1), new)
+        rhs, row = dots(in_use(dg, age + 1), g, new)
+        column, diagonal = row, 1.0
         if self.type == 1:
-            row = dots(in_use(dg, age + 1), new - newest(df, age))
-            column = column - dots(in_use(df, age + 1), new)
-        norm = l2(g.detach())
-        length = l2(new.detach()) if self.type == 1 else newest(row.detach(), age).sqrt()
-        lengths = store_length(state.lengths, age, length)
-        fallen = norm <= STALL_RATIO * state.mark
-        waited = (state.waited + 1).masked_fill(fallen, 0)
-        plain = ~state.lengths.any(dim=1)
-        expansion = torch.where(plain, torch.maximum(state.expansion, norm / state.norm), state.expansion)
-        if self.restart is not None:
-            kept = plain | (norm <= self.restart * state.expansion * torch.maximum(predicted, 0.5 * state.norm))
-            lengths = lengths * kept.unsqueeze(1)
+            of_f, column = dots(in_use(df, age + 1), g, new)
+            rhs, column = rhs - of_f, row - column
+            (row,) = dots(in_use(dg, age + 1), new - newest(df, age))
+            length = inverse_of(l2(new))
+            diagonal = newest(row, age) * length.square()
+        else:
+            length = inverse_of(newest(row, age).sqrt())
+        inverse = store_value(state.inverse, age, length)
+        scale = in_use(inverse, age + 1) * length.unsqueeze(1)
+        diagonal = torch.where(length > 0, diagonal + self._ridge(row), 1.0)
+        system = store_products(state.system, age, row * scale, column * scale, diagonal)
+        found = replace(
+            state, z=z, fz=fz, g=g, dg=dg, df=df, system=system, inverse=inverse, rhs=rhs, norm=l2(g.detach()), age=age + 1
+        )
+        return self._judge(found, state, gamma, length)
+
+    def _judge(self, found: AndersonState, before: AndersonState, gamma: Tensor | None, newest: Tensor) -> AndersonState:
+        """Forget the pairs of samples that they misled, and of those that have waited too long for progress."""
+        norm = found.norm
+        enough = STALL_RATIO * before.mark
+        if not _unseen(found):
+            most = enough if self.restart is None else torch.minimum(enough, 0.5 * self.restart * before.norm)
+            if bool((norm <= most).all()):  # the usual case on maps that are not hard
+                return replace(found, mark=norm, waited=torch.zeros_like(before.waited))
+        fallen = norm <= enough
+        waited = (before.waited + 1).masked_fill(fallen, 0)
+        plain = (found.inverse > 0).sum(dim=1) <= (newest > 0)  # before this step there was none
+        expansion = torch.where(plain, torch.maximum(before.expansion, norm / before.norm), before.expansion)
+        inverse = found.inverse
+        if self.restart is not None and self.type != 1 and gamma is not None:
+            # ‖g‖² - γ · ΔG g is what γ has made least: the square asked for, and the ridge's share, which is small.
+            explained = torch.linalg.vecdot(gamma.detach(), before.rhs.detach())
+            predicted = (before.norm.square() - explained).clamp(min=0).sqrt()
+            kept = plain | (norm <= self.restart * before.expansion * torch.maximum(predicted, 0.5 * before.norm))
+            if self.type is None:
+                kept = kept | _stalled(before)  # steps of type 1 may raise the residual
+            inverse = inverse * kept.unsqueeze(1)
         if self.type is None:  # type 1 starts afresh, at first and where it was carried off
-            lengths = lengths * ((waited != STALL_STEPS) & (norm <= WILD * state.mark)).unsqueeze(1)
-        return AndersonState(
-            z=z, fz=fz, g=g, dg=dg, df=df, gram=store_products(state.gram, age, row, column), lengths=lengths, norm=norm,
-            expansion=expansion, mark=torch.where(fallen, norm, state.mark), waited=waited, age=age + 1,
-        )  # fmt: skip
+            inverse = inverse * ((waited != STALL_STEPS) & (norm <= WILD * before.mark)).unsqueeze(1)
+        return replace(
+            found, inverse=inverse, expansion=expansion, mark=torch.where(fallen, norm, before.mark), waited=waited
+        )
 
 
 def _first_type(dg: Tensor, df: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """The system (B, used, used) and the right-hand side (B, used) of type 1, both times -1."""
     back = dg - df  # -Δz
-    return torch.bmm(back, dg.mT), dots(back, g)
+    (rhs,) = dots(back, g)
+    return torch.bmm(back, dg.mT), rhs
 
 
 def _unseen(state: AndersonState) -> bool:
@@ -203,9 +228,14 @@ def _unseen(state: AndersonState) -> bool:
     return isinstance(state.age, Tensor) or state.g.device.type != "cpu"
 
 
+def _waiting(state: AndersonState) -> Tensor:
+    """(B,) which samples make no progress."""
+    return state.waited >= STALL_STEPS
+
+
 def _stalled(state: AndersonState) -> Tensor:
     """(B,) which samples make no progress, other than for want of digits."""
-    stalled = state.waited >= STALL_STEPS
+    stalled = _waiting(state)
     if _unseen(state) or bool(stalled.any()):
         stalled = stalled & (state.norm > 10 * torch.finfo(state.z.dtype).eps * l2(state.fz.detach()))
     return stalled

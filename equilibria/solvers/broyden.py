@@ -16,14 +16,16 @@ from equilibria.solvers.solver import (
     combine,
     difference,
     dots,
+    identities,
     in_use,
+    inverse_of,
     newest,
     ring,
     solve_scaled,
     square_in_use,
     store_difference,
-    store_length,
     store_products,
+    store_value,
 )
 from equilibria.stopping import l2
 
@@ -35,9 +37,11 @@ class BroydenState(State):
     df: Tensor
     """(B, m, D) the change of f along each step."""
     core: Tensor
-    """(B, m, m) L + S Yᵀ"""
-    lengths: Tensor
-    """(B, m) ‖s‖₂, 0 for slots not in use."""
+    """(B, m, m) L + S Yᵀ, scaled."""
+    inverse: Tensor
+    """(B, m) 1 / ‖s‖₂, 0 for pairs that are not in use or forgotten."""
+    rhs: Tensor
+    """(B, used) s · g."""
     best: Tensor
     """(B,) the smallest ‖g‖₂ so far, where `divergence` is given."""
     best_z: Tensor
@@ -49,8 +53,8 @@ class BroydenState(State):
 
     def pull(self, g: Tensor) -> Tensor:
         """gᵀ H = gᵀ - (ΔF g)ᵀ (L + S Yᵀ)⁻¹ S."""
-        s, df, lengths = (in_use(part, self.age) for part in (self.s, self.df, self.lengths))
-        return combine(g, solve_scaled(square_in_use(self.core, self.age).mT, dots(df, g), lengths), s)
+        s, df, inverse = (in_use(part, self.age) for part in (self.s, self.df, self.inverse))
+        return combine(g, solve_scaled(square_in_use(self.core, self.age).mT, *dots(df, g), inverse), s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,19 +108,17 @@ class Broyden:
     def init(self, f: Map, z0: Tensor) -> BroydenState:
         fz = f(z0)
         g = difference(fz, z0)
-        batch = len(g)
         s, df = ring(g, self.history, self.storage), ring(g, self.history, self.storage)
-        core = g.new_zeros(batch, self.history, self.history)
+        inverse = g.new_zeros(len(g), self.history)
         return BroydenState(
-            z=z0, fz=fz, g=g, s=s, df=df, core=core, lengths=core[:, 0], best=l2(g.detach()),
-            best_z=z0, best_fz=fz, age=0,
+            z=z0, fz=fz, g=g, s=s, df=df, core=identities(g, self.history), inverse=inverse, rhs=torch.zeros_like(inverse),
+            best=l2(g.detach()), best_z=z0, best_fz=fz, age=0,
         )  # fmt: skip
 
     def step(self, f: Map, state: BroydenState) -> BroydenState:
         target = state.fz.to(state.g.dtype)
         if isinstance(state.age, Tensor) or state.age:
-            rhs = dots(in_use(state.s, state.age), state.g)
-            gamma = solve_scaled(square_in_use(state.core, state.age), rhs, in_use(state.lengths, state.age))
+            gamma = solve_scaled(square_in_use(state.core, state.age), state.rhs, in_use(state.inverse, state.age))
             target = combine(target, gamma, in_use(state.df, state.age))
         return self._remember(state, *backtrack(f, state, target, self.line_search))
 
@@ -130,19 +132,22 @@ class Broyden:
         df = store_difference(state.df, age, fz, state.fz)
         # What was stored counts, not what was rounded to it.
         new, change = newest(s, age).to(g.dtype), newest(df, age).to(g.dtype)
-        row = dots(in_use(df, age + 1), new)  # s · (y_j + s_j) for older j
-        column = dots(in_use(s, age + 1), change - new)  # s_j · y: older j have no term of L here
-        lengths, length = state.lengths, l2(new.detach())
-        best, best_z, best_fz = state.best, z, fz
+        (row,) = dots(in_use(df, age + 1), new)  # s · (y_j + s_j) for older j
+        inverse, length, best, best_z, best_fz = state.inverse, inverse_of(l2(new)), state.best, z, fz
         if lost is not None:
-            lengths = torch.where(lost.unsqueeze(1), 0.0, lengths)  # all but the newest, which tells where not to go
+            inverse = torch.where(lost.unsqueeze(1), 0.0, inverse)  # all but the newest, which tells where not to go
             z, fz, g = _back_to_best(lost, state, z, fz, g)
             norm = l2(g.detach())
             best_z, best_fz, _ = _back_to_best(norm > best, state, z, fz, g)
             best = torch.fmin(norm, best)
+        rhs, column = dots(in_use(s, age + 1), g, change - new)  # s_j · y: older j have no term of L here
+        inverse = store_value(inverse, age, length)
+        scale = in_use(inverse, age + 1) * length.unsqueeze(1)
+        row, column = row * scale, column * scale
+        diagonal = torch.where(length > 0, newest(column, age), 1.0)
         return BroydenState(
-            z=z, fz=fz, g=g, s=s, df=df, core=store_products(state.core, age, row, column),
-            lengths=store_length(lengths, age, length), best=best, best_z=best_z, best_fz=best_fz, age=age + 1,
+            z=z, fz=fz, g=g, s=s, df=df, core=store_products(state.core, age, row, column, diagonal), inverse=inverse,
+            rhs=rhs, best=best, best_z=best_z, best_fz=best_fz, age=age + 1,
         )  # fmt: skip
 
 

@@ -126,25 +126,35 @@ def store_difference(history: Tensor, age: int | Tensor, new: Tensor, old: Tenso
     return history
 
 
-def store_products(matrix: Tensor, age: int | Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """A copy of matrix (B, m, m) with the products (B, used) of pair `age` and all pairs in use, itself included."""
+def store_products(matrix: Tensor, age: int | Tensor, row: Tensor, column: Tensor, diagonal: Tensor | float) -> Tensor:
+    """matrix (B, m, m) with the products (B, used) of pair `age` and all pairs in use, and `diagonal` (B,) with itself: in
+    place, or as a copy where autograd records the solve or one graph holds it."""
     if isinstance(age, Tensor):
-        matrix = torch.where(_slot(matrix, 1, age), row.unsqueeze(1), matrix)
-        return torch.where(_slot(matrix, 2, age), column.unsqueeze(2), matrix)
+        here, there = _slot(matrix, 1, age), _slot(matrix, 2, age)
+        matrix = torch.where(there, column.unsqueeze(2), torch.where(here, row.unsqueeze(1), matrix))
+        return torch.where(here & there, diagonal.view(-1, 1, 1) if isinstance(diagonal, Tensor) else diagonal, matrix)
     slot, used = age % matrix.shape[1], row.shape[1]
-    matrix = matrix.clone()
+    matrix = matrix.clone() if recorded(matrix, row) else matrix
     matrix[:, slot, :used] = row
     matrix[:, :used, slot] = column
+    matrix[:, slot, slot] = diagonal
     return matrix
 
 
-def store_length(lengths: Tensor, age: int | Tensor, length: Tensor) -> Tensor:
-    """A copy of lengths (B, m) with the length (B,) of pair `age`."""
+def store_value(values: Tensor, age: int | Tensor, value: Tensor) -> Tensor:
+    """values (B, m) with value (B,) for pair `age`, in place or as a copy, as above."""
     if isinstance(age, Tensor):
-        return torch.where(_slot(lengths, 1, age), length.unsqueeze(1), lengths)
-    lengths = lengths.clone()
-    lengths[:, age % lengths.shape[1]] = length
-    return lengths
+        return torch.where(_slot(values, 1, age), value.unsqueeze(1), values)
+    values = values.clone() if recorded(values, value) else values
+    values[:, age % values.shape[1]] = value
+    return values
+
+
+def identities(like: Tensor, size: int) -> Tensor:
+    """(B, m, m): the identity for every row of `like` (B, D)."""
+    matrix = like.new_zeros(like.shape[0], size, size)
+    matrix.diagonal(dim1=1, dim2=2).fill_(1.0)
+    return matrix
 
 
 def in_use(buffer: Tensor, age: int | Tensor) -> Tensor:
@@ -173,15 +183,18 @@ def _slot(buffer: Tensor, dim: int, age: Tensor) -> Tensor:
     return here.view(-1, *[1] * (buffer.dim() - dim - 1))
 
 
-def dots(history: Tensor, v: Tensor) -> Tensor:
-    """(B, m, D), (B, D) -> (B, m): v times every row, in the dtype of v.
+def dots(history: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
+    """(B, m, D), (B, D), ... -> (B, m), ...: every row times each vector, in the dtype of the vectors, in one pass.
 
     As v Hᵀ, which a CPU does several times faster than H v. A history stored in fewer bits is read row by row, so that it
     never stands in memory in more.
     """
-    if history.dtype != v.dtype:
-        return torch.stack([torch.linalg.vecdot(row.to(v.dtype), v) for row in history.unbind(1)], dim=1)
-    return torch.bmm(v.unsqueeze(1), history.mT).squeeze(1)
+    if history.dtype != vectors[0].dtype:
+        rows = (row.to(vectors[0].dtype) for row in history.unbind(1))
+        products = [torch.stack([torch.linalg.vecdot(row, v) for v in vectors]) for row in rows]
+        return torch.stack(products, dim=2).unbind(0)
+    v = vectors[0].unsqueeze(1) if len(vectors) == 1 else torch.stack(vectors, dim=1)
+    return torch.bmm(v, history.mT).unbind(1)
 
 
 def combine(base: Tensor, weights: Tensor, history: Tensor) -> Tensor:
@@ -199,20 +212,21 @@ def inverse_of(length: Tensor) -> Tensor:
     return torch.where(some, torch.where(some, length, 1.0).reciprocal(), 0.0)
 
 
-def solve_scaled(system: Tensor, rhs: Tensor, scale: Tensor, ridge: float = 0.0) -> Tensor:
-    """x (B, m) with system · x = rhs, solved as (D system D + ridge I) D⁻¹ x = D rhs, where D holds 1 / scale (B, m).
+# The small systems are kept scaled, D A D with D = diag(1 / lengths): pairs of very different length then count alike, and
+# a ridge is relative. Where 1 / length stands as 0, the pair is left out: of a sample at rest, forgotten, or not in use.
 
-    Pairs of very different length then count alike, and the ridge is relative. Pairs with scale 0 (of a sample at rest, or
-    slots not in use) are left out; samples whose system is singular get x = 0: they take a plain step.
-    """
-    used = scale > 0
-    d = inverse_of(scale)
-    diagonal = torch.where(used, ridge, 1.0).to(system.dtype)
-    system = system * (d.unsqueeze(1) * d.unsqueeze(2)) + torch.diag_embed(diagonal)
-    solution, info = torch.linalg.solve_ex(system, (d * rhs).unsqueeze(2))
-    solution = d * solution.squeeze(2)
-    sound = (info == 0) & solution.isfinite().all(dim=1)
-    return torch.where(sound.unsqueeze(1), solution, 0.0)
+
+def scaled(system: Tensor, inverse: Tensor, ridge: float = 0.0) -> Tensor:
+    """D system D + ridge I for a system (B, m, m) and 1 / lengths (B, m), with 1 on the diagonal for pairs left out."""
+    diagonal = torch.where(inverse > 0, ridge, 1.0).to(system.dtype)
+    return system * (inverse.unsqueeze(1) * inverse.unsqueeze(2)) + torch.diag_embed(diagonal)
+
+
+def solve_scaled(system: Tensor, rhs: Tensor, inverse: Tensor) -> Tensor:
+    """x (B, m) with A x = rhs, from D A D. Samples whose system is singular get x = 0: they take a plain step."""
+    solution = torch.linalg.solve_ex(system, (inverse * rhs).unsqueeze(2))[0].squeeze(2)
+    sound = solution.sum(dim=1, keepdim=True).abs() < torch.inf  # a zero on the diagonal of the factor divides
+    return inverse * solution.masked_fill(~sound, 0.0)
 
 
 def check_choice(name: str, value: Any, methods: Sequence[str], example: str) -> None:

@@ -69,7 +69,7 @@ class TestStorage:
         assert (plain.s.dtype, plain.df.dtype) == (held, held)
         assert (small.s.dtype, small.df.dtype) == (torch.bfloat16, torch.bfloat16)
         assert small.s.nbytes + small.df.nbytes == 2 * 2 * 10 * 50 * 2
-        assert small.core.dtype == small.lengths.dtype == small.g.dtype == torch.float32
+        assert small.core.dtype == small.inverse.dtype == small.g.dtype == torch.float32
 
     def test_the_fixed_point_keeps_its_precision(self) -> None:
         """Pairs steer the search only: z converges to the tolerance of float32, in few steps more."""
