@@ -11,6 +11,7 @@ from torch import Tensor
 from equilibria.solvers.solver import (
     Map,
     State,
+    both_dots,
     check_count,
     check_damping,
     check_factor,
@@ -64,7 +65,7 @@ class AndersonState(State):
         """gᵀ H = gᵀ - (ΔF g)ᵀ (ΔG ΔGᵀ)⁻¹ ΔG, the estimate of type 2, whatever steps were taken."""
         dg, df, inverse = (in_use(part, self.age) for part in (self.dg, self.df, self.inverse))
         system = scaled(torch.bmm(dg, dg.mT), inverse, 10 * torch.finfo(g.dtype).eps)
-        return combine(g, solve_scaled(system, *dots(df, g), inverse), dg)
+        return combine(g, solve_scaled(system, dots(df, g), inverse), dg)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,16 +170,16 @@ class Anderson:
         dg = store_difference(state.dg, age, g, state.g)
         df = store_difference(state.df, age, fz, state.fz)
         new = newest(dg, age)
-        rhs, row = dots(in_use(dg, age + 1), g, new)
+        rhs, row = both_dots(in_use(dg, age + 1), g, new)
         column, diagonal = row, 1.0
         if self.type == 1:
-            of_f, column = dots(in_use(df, age + 1), g, new)
+            of_f, column = both_dots(in_use(df, age + 1), g, new)
             rhs, column = rhs - of_f, row - column
-            (row,) = dots(in_use(dg, age + 1), new - newest(df, age))
-            length = inverse_of(l2(new))
+            row = dots(in_use(dg, age + 1), new - newest(df, age))
+            length = inverse_of(l2(new.detach()))
             diagonal = newest(row, age) * length.square()
         else:
-            length = inverse_of(newest(row, age).sqrt())
+            length = inverse_of(newest(row.detach(), age).sqrt())
         inverse = store_value(state.inverse, age, length)
         scale = in_use(inverse, age + 1) * length.unsqueeze(1)
         diagonal = torch.where(length > 0, diagonal + self._ridge(row), 1.0)
@@ -219,8 +220,7 @@ class Anderson:
 def _first_type(dg: Tensor, df: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """The system (B, used, used) and the right-hand side (B, used) of type 1, both times -1."""
     back = dg - df  # -Δz
-    (rhs,) = dots(back, g)
-    return torch.bmm(back, dg.mT), rhs
+    return torch.bmm(back, dg.mT), dots(back, g)
 
 
 def _unseen(state: AndersonState) -> bool:

@@ -11,6 +11,7 @@ from equilibria.solvers.line_search import backtrack
 from equilibria.solvers.solver import (
     Map,
     State,
+    both_dots,
     check_count,
     check_factor,
     combine,
@@ -54,7 +55,7 @@ class BroydenState(State):
     def pull(self, g: Tensor) -> Tensor:
         """gᵀ H = gᵀ - (ΔF g)ᵀ (L + S Yᵀ)⁻¹ S."""
         s, df, inverse = (in_use(part, self.age) for part in (self.s, self.df, self.inverse))
-        return combine(g, solve_scaled(square_in_use(self.core, self.age).mT, *dots(df, g), inverse), s)
+        return combine(g, solve_scaled(square_in_use(self.core, self.age).mT, dots(df, g), inverse), s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,15 +133,15 @@ class Broyden:
         df = store_difference(state.df, age, fz, state.fz)
         # What was stored counts, not what was rounded to it.
         new, change = newest(s, age).to(g.dtype), newest(df, age).to(g.dtype)
-        (row,) = dots(in_use(df, age + 1), new)  # s · (y_j + s_j) for older j
-        inverse, length, best, best_z, best_fz = state.inverse, inverse_of(l2(new)), state.best, z, fz
+        row = dots(in_use(df, age + 1), new)  # s · (y_j + s_j) for older j
+        inverse, length, best, best_z, best_fz = state.inverse, inverse_of(l2(new.detach())), state.best, z, fz
         if lost is not None:
             inverse = torch.where(lost.unsqueeze(1), 0.0, inverse)  # all but the newest, which tells where not to go
             z, fz, g = _back_to_best(lost, state, z, fz, g)
             norm = l2(g.detach())
             best_z, best_fz, _ = _back_to_best(norm > best, state, z, fz, g)
             best = torch.fmin(norm, best)
-        rhs, column = dots(in_use(s, age + 1), g, change - new)  # s_j · y: older j have no term of L here
+        rhs, column = both_dots(in_use(s, age + 1), g, change - new)  # s_j · y: older j have no term of L here
         inverse = store_value(inverse, age, length)
         scale = in_use(inverse, age + 1) * length.unsqueeze(1)
         row, column = row * scale, column * scale

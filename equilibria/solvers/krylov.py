@@ -118,11 +118,11 @@ def _orthogonalise(basis: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     ("twice is enough": Giraud, Langou, Rozloznik 2005); an accelerator would have to wait to see where, and never looks.
     """
     before = l2(w)
-    (column,) = dots(basis, w)
+    column = dots(basis, w)
     w = combine(w, column, basis)
     after = l2(w)
     if w.device.type != "cpu" or bool((after < 0.5 * before).any()):
-        (again,) = dots(basis, w)
+        again = dots(basis, w)
         w = combine(w, again, basis)
         column = column + again
         after = l2(w)

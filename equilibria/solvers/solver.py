@@ -183,18 +183,23 @@ def _slot(buffer: Tensor, dim: int, age: Tensor) -> Tensor:
     return here.view(-1, *[1] * (buffer.dim() - dim - 1))
 
 
-def dots(history: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
-    """(B, m, D), (B, D), ... -> (B, m), ...: every row times each vector, in the dtype of the vectors, in one pass.
+def dots(history: Tensor, v: Tensor) -> Tensor:
+    """(B, m, D), (B, D) -> (B, m): v times every row, in the dtype of v.
 
     As v Hᵀ, which a CPU does several times faster than H v. A history stored in fewer bits is read row by row, so that it
     never stands in memory in more.
     """
-    if history.dtype != vectors[0].dtype:
-        rows = (row.to(vectors[0].dtype) for row in history.unbind(1))
-        products = [torch.stack([torch.linalg.vecdot(row, v) for v in vectors]) for row in rows]
-        return torch.stack(products, dim=2).unbind(0)
-    v = vectors[0].unsqueeze(1) if len(vectors) == 1 else torch.stack(vectors, dim=1)
-    return torch.bmm(v, history.mT).unbind(1)
+    if history.dtype != v.dtype:
+        return torch.stack([torch.linalg.vecdot(row.to(v.dtype), v) for row in history.unbind(1)], dim=1)
+    return torch.bmm(v.unsqueeze(1), history.mT).squeeze(1)
+
+
+def both_dots(history: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """`dots` of two vectors, in one pass over the rows."""
+    if history.dtype != v.dtype:
+        return dots(history, v), dots(history, w)
+    of_v, of_w = torch.bmm(torch.stack((v, w), dim=1), history.mT).unbind(1)
+    return of_v, of_w
 
 
 def combine(base: Tensor, weights: Tensor, history: Tensor) -> Tensor:
