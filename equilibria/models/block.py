@@ -72,6 +72,17 @@ class Positions(NamedTuple):
     mask: Tensor | None  # (L, K + 1)
 
 
+class Prepared(NamedTuple):
+    """What `forward` takes besides z."""
+
+    injection: Tensor  # (B, L, 3d), u with the content bias, scaled as the weights are
+    past: KeysValues
+    weights: Weights
+    positions: Positions
+    masks: DropoutMasks
+    padded_mask: Tensor | None  # (B, L, K + 1)
+
+
 class TransformerBlock(nn.Module):
     """f(z; u) = LN(n + FF(n)),  n = LN(z + Attention(W_qkv z + u)),  with state z (B, L, d) and injection u (B, L, 3d).
 
@@ -187,7 +198,8 @@ class TransformerBlock(nn.Module):
         masks: DropoutMasks | None = None,
         window: int | None = None,
         padding: Tensor | None = None,
-    ) -> tuple[Tensor, KeysValues, Weights, Positions, DropoutMasks, Tensor | None]:
+        distances: Tensor | None = None,
+    ) -> Prepared:
         """The arguments of `forward`: all that stays the same while z moves.
 
         Args:
@@ -196,6 +208,7 @@ class TransformerBlock(nn.Module):
             masks: of `draw_masks`; None to drop nothing.
             window: how many positions one position sees, itself included; None for all.
             padding: (B,) how many of the first of the M + L positions are no text, and are seen by none; None for none.
+            distances: of `project_distances`, M + L + 1 of them or more; None to compute them, with the mask on positions.
         """
         masks = masks or DropoutMasks()
         weights = self._weights()
@@ -205,17 +218,36 @@ class TransformerBlock(nn.Module):
         elif isinstance(past, Memory):
             past = self._keys_values(past.z, past.u, weights)
         memory = past.keys.shape[2]
-        positions = self._positions(injection, memory, masks.positions, window)
+        length = injection.shape[1]
+        if distances is None:
+            distances = self.project_distances(injection, memory + length + 1, masks.positions)
+        bias = (self.position_bias - self.content_bias) / math.sqrt(self.d_head)
+        mask = relative_mask(length, memory, window, like=injection)
+        positions = Positions(distances[..., -(memory + length + 1) :], bias[:, None, None], mask)
         padded_mask = None
         if padding is not None:
-            padded_mask = relative_mask(injection.shape[1], memory, window, padding, like=injection)
+            padded_mask = relative_mask(length, memory, window, padding, like=injection)
         content_bias = F.pad(self.content_bias.flatten(), (0, 2 * self.d_model))  # (3d,), 0 for keys and values
         injected = (injection + content_bias) * self._query_scale(injection)
-        return injected, past, weights, positions, masks._replace(positions=None), padded_mask
+        return Prepared(injected, past, weights, positions, masks._replace(positions=None), padded_mask)
 
-    def keys_values(self, z: Tensor, injection: Tensor) -> KeysValues:
-        """Keys and values of solved positions z (B, M, d) with injection (B, M, 3d): a `past` for the next solve."""
-        return self._keys_values(z, injection, self._weights())
+    def keys_values(self, z: Tensor, injection: Tensor, weights: Weights | None = None) -> KeysValues:
+        """Keys and values of solved positions z (B, M, d) with injection (B, M, 3d): a `past` for the next solve.
+
+        `weights` are those that `prepare` returned, if it was called.
+        """
+        return self._keys_values(z, injection, self._weights() if weights is None else weights)
+
+    def project_distances(self, like: Tensor, count: int, mask: Tensor | None = None) -> Tensor:
+        """(H, e, count): the distances count - 1, ..., 0 as attention compares them with queries.
+
+        Those of fewer distances are the last columns. `mask` (1, d) is that of dropout on positions.
+        """
+        exact = torch.promote_types(like.dtype, torch.float32)
+        distances = torch.arange(count - 1, -1, -1, dtype=exact, device=like.device)
+        sinusoids = sinusoidal_positions(distances, self.d_model, self.frequencies)
+        sinusoids = self.position_dropout(sinusoids.to(like.dtype), mask)
+        return self.position(sinusoids).view(-1, self.n_head, self.d_head).permute(1, 2, 0).contiguous()
 
     def _keys_values(self, z: Tensor, injection: Tensor, weights: Weights) -> KeysValues:
         d = self.d_model
@@ -229,16 +261,6 @@ class TransformerBlock(nn.Module):
         qkv = self.qkv.weight
         qkv = qkv * self._query_scale(qkv)[:, None]
         return Weights(qkv, out.weight, out.bias, ff_in.weight, ff_in.bias, ff_out.weight, ff_out.bias)
-
-    def _positions(self, like: Tensor, memory: int, mask: Tensor | None, window: int | None) -> Positions:
-        length = like.shape[1]
-        exact = torch.promote_types(like.dtype, torch.float32)
-        distances = torch.arange(length + memory, -1, -1, dtype=exact, device=like.device)
-        sinusoids = sinusoidal_positions(distances, self.d_model, self.frequencies)
-        sinusoids = self.position_dropout(sinusoids.to(like.dtype), mask)
-        projected = self.position(sinusoids).view(-1, self.n_head, self.d_head).permute(1, 2, 0)  # (H, e, K + 1)
-        bias = (self.position_bias - self.content_bias) / math.sqrt(self.d_head)
-        return Positions(projected.contiguous(), bias[:, None, None], relative_mask(length, memory, window, like=like))
 
     def _query_scale(self, like: Tensor) -> Tensor:
         """(3d,): 1/sqrt(e), the scale of the scores, for the query channels and 1 for keys and values."""

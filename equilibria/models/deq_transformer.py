@@ -14,6 +14,7 @@ from equilibria.models.language_model import EquilibriumLM, Extension, LMConfig,
 from equilibria.models.memory import check_tensors
 from equilibria.nn.adaptive_embedding import AdaptiveEmbedding
 from equilibria.nn.adaptive_softmax import AdaptiveSoftmax
+from equilibria.nn.computed_once import computed_once
 from equilibria.nn.deq import DEQ
 from equilibria.nn.dropout import FrozenDropout
 from equilibria.solvers import Solver
@@ -80,11 +81,13 @@ class AttentionCache(NamedTuple):
     """One entry at equilibrium, one for each layer of an explicit twin."""
     padding: Tensor | None = None
     """(B,) how many of the first columns are no text; None for none."""
+    distances: Tensor | None = None
+    """Of `TransformerBlock.project_distances`, for these columns and more; None to compute them."""
 
     def rows(self, index: Tensor) -> AttentionCache:
         """The cache of the samples index (N,), which may repeat."""
         layers = tuple(KeysValues(layer.keys[:, index], layer.values[:, index]) for layer in self.layers)
-        return AttentionCache(layers, None if self.padding is None else self.padding[index])
+        return self._replace(layers=layers, padding=None if self.padding is None else self.padding[index])
 
 
 class DEQTransformerLM(EquilibriumLM):
@@ -235,25 +238,34 @@ class DEQTransformerLM(EquilibriumLM):
         one entry; for an explicit twin those of every layer.
         """
         injection, block = self.injection(tokens), self.block
-        before = cache.layers if cache else ()
+        before = cache.layers if cache else (None,) * (self.config.depth or 1)
+        memory = cache.layers[0].keys.shape[2] if cache else 0
         if cache is not None and cache.padding is not None:
             padding = cache.padding if padding is None else cache.padding + padding
+        distances = self._distances(injection, cache, memory + tokens.shape[1] + 1, window)
         layers: list[KeysValues] = []
         stats = None
-        if self.config.depth is None:
-            past = before[0] if before else None
-            z, stats = self.deq(injection, past, None, window, padding)
-            layers.append(_append(past, block.keys_values(z, injection), window))
-        else:
+        with computed_once(block):
+            args = block.prepare(injection, before[0], None, window, padding, distances)
             z = block.initial(injection)
-            for layer in range(self.config.depth):
-                past = before[layer] if before else None
-                layers.append(_append(past, block.keys_values(z, injection), window))
-                z = block(z, *block.prepare(injection, past, None, window, padding))
+            if self.config.depth is None:
+                z, stats = self.deq.solve(z, *args)
+                layers.append(_append(before[0], block.keys_values(z, injection, args.weights), window))
+            else:  # the layers differ in what they have seen, and in nothing else
+                for past in before:
+                    layers.append(_append(past, block.keys_values(z, injection, args.weights), window))
+                    z = block(z, *(args if past is None else args._replace(past=past)))
         if padding is not None:
-            dropped = tokens.shape[1] + (before[0].keys.shape[2] if before else 0) - layers[0].keys.shape[2]
-            padding = (padding - dropped).clamp_min(0)
-        return Extension(z, AttentionCache(tuple(layers), padding), stats)
+            padding = (padding - (tokens.shape[1] + memory - layers[0].keys.shape[2])).clamp_min(0)
+        return Extension(z, AttentionCache(tuple(layers), padding, distances), stats)
+
+    def _distances(self, like: Tensor, cache: AttentionCache | None, count: int, window: int | None) -> Tensor:
+        """At least `count` projected distances: those of the cache, or new ones, and more than that where a text grows."""
+        if cache is not None and cache.distances is not None and cache.distances.shape[-1] >= count:
+            return cache.distances
+        if cache is not None:
+            count = 2 * count if window is None else max(count, min(2 * count, window + 1))
+        return self.block.project_distances(like, count)
 
 
 def _append(past: KeysValues | None, new: KeysValues, window: int | None) -> KeysValues:

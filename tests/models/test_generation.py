@@ -160,3 +160,12 @@ def test_weights_are_normalised_once_per_token(depth: int | None, monkeypatch: p
     monkeypatch.setattr(WeightNorm, "forward", lambda self, g, v: calls.append(1) or usual(self, g, v))
     generate(model, prompt(length=6), max_new_tokens=4)
     assert len(calls) == 4 * 5  # tokens, linear maps
+
+
+@pytest.mark.parametrize("depth", [None, 3])
+def test_distances_are_projected_anew_only_when_the_text_outgrows_them(depth: int | None, monkeypatch: pytest.MonkeyPatch):
+    model, counts = make(depth=depth, mem_len=0), []
+    usual = model.block.project_distances
+    monkeypatch.setattr(model.block, "project_distances", lambda z, count: counts.append(count) or usual(z, count))
+    generate(model, prompt(length=3), max_new_tokens=60)
+    assert counts == [4, 10, 22, 46, 94]  # each time twice as many as the text just needs

@@ -81,7 +81,7 @@ class EquilibriumCache(Cache):
             )
         if self.state is not None:
             layers = (KeysValues(k[:, :, :tokens_to_remove], v[:, :, :tokens_to_remove]) for k, v in self.state.layers)
-            self.state = AttentionCache(tuple(layers), self.state.padding)
+            self.state = self.state._replace(layers=tuple(layers))
             self.length += tokens_to_remove
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
