@@ -43,6 +43,9 @@ CORE = [
 PLOTS = {"equilibria.diagnostics.convergence"}  # may use matplotlib, once something is to be drawn
 
 
+KERNELS = [f"equilibria.kernels.{path.parent.name}.triton" for path in sorted(PACKAGE.glob("kernels/*/triton.py"))]
+
+
 def module_name(path: Path) -> str:
     parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -96,7 +99,18 @@ def test_no_cycles() -> None:
 @pytest.mark.parametrize("module", ["equilibria", *(module for module in FILES if row(module) in CORE)])
 def test_core_depends_on_torch_alone(module: str) -> None:
     outside = {name.split(".")[0] for name in IMPORTS[module]} - sys.stdlib_module_names
-    assert outside <= ({"torch", "equilibria", "matplotlib"} if module in PLOTS else {"torch", "equilibria"})
+    more = {"matplotlib"} if module in PLOTS else {"triton"} if module in KERNELS else set()
+    assert outside <= {"torch", "equilibria"} | more
+
+
+@pytest.mark.parametrize("module", KERNELS)
+def test_kernels_are_imported_only_to_run(module: str) -> None:
+    """Beside a reference, and by the functions that choose between the two: Triton need not be there."""
+    assert "triton" in IMPORTS[module]
+    assert module.replace(".triton", ".reference") in MODULES
+    for other, path in MODULES.items():
+        at_once = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom)]
+        assert other in KERNELS or not any("triton" in ast.unparse(node) for node in at_once), other
 
 
 @pytest.mark.parametrize("module", sorted(PLOTS))
@@ -118,6 +132,8 @@ def test_the_reader_of_imports_sees_them() -> None:
 
 @pytest.mark.parametrize("module", ["equilibria", *(module for module in FILES if row(module) in CORE)])
 def test_examples_run(module: str) -> None:
+    if module in KERNELS:
+        pytest.importorskip("triton", reason="the kernels need Triton, which is not installed here")
     result = doctest.testmod(importlib.import_module(module), report=True)
     assert result.failed == 0
 
