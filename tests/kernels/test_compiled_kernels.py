@@ -44,6 +44,7 @@ from equilibria.kernels.residual import triton as residual
 v = torch.zeros(3, 5000)
 ring = torch.zeros(3, 20, 5000, dtype=torch.bfloat16)
 history.dots(ring, v)
+history.both_dots(ring.float(), v, v)
 history.store_dots(ring, 21, v, v, v)
 history.combine(v.bfloat16(), v[:, :20], ring)
 residual.residual(v.bfloat16(), v.bfloat16())
@@ -67,6 +68,6 @@ def test_kernels_compile(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-4000:]
     kernels = json.loads(run.stdout)
     backward = ["_backward_queries", "_backward_keys", "_backward_positions"]
-    history = ["_dots", "_dots", "_combine"]
+    history = ["_dots", "_dots", "_dots", "_combine"]
     assert [name for name, _, _ in kernels] == [*history, "_residual", "_forward", "_forward", *backward]
     assert all(shared <= SHARED and size for _, shared, size in kernels), kernels

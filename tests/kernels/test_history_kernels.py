@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_calls import count_calls
 
-from equilibria.kernels.history import combine, dots, reference, store_dots, triton
+from equilibria.kernels.history import both_dots, combine, dots, reference, store_dots, triton
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 SHAPES = [(1, 1, 1), (1, 3, 7), (3, 1, 37), (2, 5, 1030), (2, 3, 2 * triton.CHUNK + 5)]  # B, m, D
@@ -36,10 +36,13 @@ def close(found, exact, rounded):
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dots(shape, dtypes, device):
-    _, history, v, _, _ = made(shape, dtypes, device)
+    _, history, v, w, _ = made(shape, dtypes, device)
     found = dots(history, v)
     assert found.dtype == v.dtype
     assert close(found, *products(history, v))
+    of_v, of_w = both_dots(history, v, w)
+    assert torch.equal(of_v, found)
+    assert close(of_w, *products(history, w))
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
@@ -60,7 +63,7 @@ def test_store_dots(shape, dtypes, turn, device):
     slots, used = ring.shape[1], shape[1]
     age = used + turn * slots  # the first slot not in use, or one of those of a full ring
     before, v = ring.clone(), new + 1
-    same, found = store_dots(ring, age, new, old, v)
+    same, found, of_pair = store_dots(ring, age, new, old, v)
     slot = age % slots
     others = [m for m in range(slots) if m != slot]
     assert same is ring
@@ -69,9 +72,10 @@ def test_store_dots(shape, dtypes, turn, device):
     change = new.to(F64) - old.to(F64)
     assert (stored - change).abs().max() <= torch.finfo(ring.dtype).eps * (new.abs() + old.abs()).max()
     # What was stored is what is multiplied.
-    exact, rounded = products(ring[:, : min(age + 1, slots)], v)
-    assert found.shape == exact.shape
-    assert close(found, exact, rounded)
+    in_use = ring[:, : min(age + 1, slots)]
+    assert found.shape == of_pair.shape == in_use.shape[:2]
+    assert close(found, *products(in_use, v))
+    assert close(of_pair, *products(in_use, ring[:, slot]))
 
 
 def test_strides(device):
@@ -80,11 +84,11 @@ def test_strides(device):
     v, base = torch.randn(41, 2, 3, device=device).permute(1, 2, 0)
     weights = torch.randn(6, 3, device=device).mT[:, ::2]
     torch.testing.assert_close(dots(history, v), reference.dots(history, v))
+    torch.testing.assert_close(both_dots(history, base, v), reference.both_dots(history, base, v))
     torch.testing.assert_close(combine(base, weights, history), reference.combine(base, weights, history))
     buffer = torch.randn(41, 4, 3, device=device).permute(2, 1, 0)
     copy = buffer.clone()
-    _, found = store_dots(buffer, 6, v, base, v)
-    _, exact = reference.store_dots(copy, 6, v, base, v)
+    found, exact = store_dots(buffer, 6, v, base, v), reference.store_dots(copy, 6, v, base, v)
     assert torch.equal(buffer, copy)
     torch.testing.assert_close(found, exact)
 
@@ -115,13 +119,14 @@ def test_nan_in_use_shows_in_its_own_sample_alone(device):
 
 
 def test_what_is_recorded_is_left_to_the_reference(device, monkeypatch):
-    called = count_calls(monkeypatch, triton, "dots", "combine", "store_dots")
+    called = count_calls(monkeypatch, triton, "dots", "both_dots", "combine", "store_dots")
     _, history, v, base, weights = made((2, 3, 5), (F64, F64), device)
     leaf = v.clone().requires_grad_()
     assert dots(history, leaf).requires_grad
     assert combine(base, weights, history.clone().requires_grad_()).requires_grad
-    copy, found = store_dots(history, 1, leaf, base, base)
+    copy, _, found = store_dots(history, 1, leaf, base, base)
     assert found.requires_grad
+    assert both_dots(history, base, leaf)[1].requires_grad
     assert copy is not history
     torch.vmap(dots)(history[None], v[None])
     assert not called
@@ -129,5 +134,6 @@ def test_what_is_recorded_is_left_to_the_reference(device, monkeypatch):
         dots(history, leaf)
     store_dots(history, 1, v, base, base)
     combine(base, weights, history)
-    assert called == ["dots", "store_dots", "combine"]
+    both_dots(history, v, base)
+    assert called == ["dots", "store_dots", "combine", "both_dots"]
     assert combine(base, weights[:, :0], history[:, :0]).equal(base)  # nothing in use yet

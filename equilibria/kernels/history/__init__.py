@@ -14,7 +14,7 @@ from torch import Tensor
 from equilibria.kernels.choice import fused_unrecorded
 from equilibria.kernels.history import reference
 
-__all__ = ["combine", "dots", "store_dots"]
+__all__ = ["both_dots", "combine", "dots", "store_dots"]
 
 
 def dots(history: Tensor, v: Tensor) -> Tensor:
@@ -29,6 +29,20 @@ def dots(history: Tensor, v: Tensor) -> Tensor:
 
         return triton.dots(history, v)
     return reference.dots(history, v)
+
+
+def both_dots(history: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """`dots` of two vectors (B, D), in one pass over the history.
+
+    >>> import torch
+    >>> both_dots(torch.ones(1, 2, 3), torch.ones(1, 3), torch.zeros(1, 3))
+    (tensor([[3., 3.]]), tensor([[0., 0.]]))
+    """
+    if fused_unrecorded(history, v, w):
+        from equilibria.kernels.history import triton
+
+        return triton.both_dots(history, v, w)
+    return reference.both_dots(history, v, w)
 
 
 def combine(base: Tensor, weights: Tensor, history: Tensor) -> Tensor:
@@ -47,17 +61,19 @@ def combine(base: Tensor, weights: Tensor, history: Tensor) -> Tensor:
     return reference.combine(base, weights, history)
 
 
-def store_dots(history: Tensor, age: int, new: Tensor, old: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """new - old (B, D) as pair `age` of a ring buffer (B, m, D), and products (B, used) of v with all pairs then in use.
+def store_dots(history: Tensor, age: int, new: Tensor, old: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Store new - old (B, D) as pair `age` of a ring buffer (B, m, D), in the pass that takes two rows of products.
 
-    Pair `age`, counted from 0, lies in slot age mod m. The difference is taken in the dtype of v and rounded to that of the
-    history, and what is stored is what is multiplied. Slots not in use are not read. The history is written to, and
-    returned; where autograd records, a copy is returned instead.
+    These are the products (B, used) of v, and of the pair itself, with all pairs then in use. Pair `age`, counted from 0,
+    lies in slot age mod m. The difference is taken in the dtype of v and rounded to that of the history, and what is stored
+    is what is multiplied. Slots not in use are not read. The history is written to, and returned; where autograd records, a
+    copy is returned instead.
 
     >>> import torch
-    >>> history, products = store_dots(torch.empty(1, 4, 3), 0, torch.ones(1, 3), torch.zeros(1, 3), torch.ones(1, 3))
-    >>> products
-    tensor([[3.]])
+    >>> one = torch.ones(1, 3)
+    >>> history, of_one, of_itself = store_dots(torch.empty(1, 4, 3), 0, 2 * one, 0 * one, one)
+    >>> of_one, of_itself
+    (tensor([[6.]]), tensor([[12.]]))
     """
     if fused_unrecorded(history, new, old, v):
         from equilibria.kernels.history import triton

@@ -19,6 +19,14 @@ def dots(history: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(v.unsqueeze(1), history.mT).squeeze(1)
 
 
+def both_dots(history: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """`dots` of two vectors, in one pass over the rows."""
+    if history.dtype != v.dtype:
+        return dots(history, v), dots(history, w)
+    of_v, of_w = torch.bmm(torch.stack((v, w), dim=1), history.mT).unbind(1)
+    return of_v, of_w
+
+
 def combine(base: Tensor, weights: Tensor, history: Tensor) -> Tensor:
     """(B, D), (B, m), (B, m, D) -> (B, D): base - Σ weightsᵢ historyᵢ, summed in the dtype of the weights."""
     total = base.to(weights.dtype)
@@ -30,12 +38,12 @@ def combine(base: Tensor, weights: Tensor, history: Tensor) -> Tensor:
     return total.to(base.dtype)
 
 
-def store_dots(history: Tensor, age: int, new: Tensor, old: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """history (B, m, D) with new - old (B, D) as pair `age`, and the products (B, used) of v with all pairs then in use."""
+def store_dots(history: Tensor, age: int, new: Tensor, old: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """history (B, m, D) with new - old (B, D) as pair `age`; the products (B, used) of v and of that pair with all."""
     slot, used = age % history.shape[1], min(age + 1, history.shape[1])
     stored = (new.to(v.dtype) - old.to(v.dtype)).to(history.dtype)
     if recorded(history, stored):
         history = history.index_copy(1, torch.tensor([slot], device=history.device), stored.unsqueeze(1))
     else:
         history[:, slot] = stored
-    return history, dots(history[:, :used], v)
+    return history, *both_dots(history[:, :used], v, stored.to(v.dtype))
