@@ -171,19 +171,17 @@ class Anderson:
         df = store_difference(state.df, age, fz, state.fz)
         new = newest(dg, age)
         rhs, row = both_dots(in_use(dg, age + 1), g, new)
-        column, diagonal = row, 1.0
+        column, length = row, newest(row.detach(), age).sqrt()
         if self.type == 1:
             of_f, column = both_dots(in_use(df, age + 1), g, new)
             rhs, column = rhs - of_f, row - column
-            row = dots(in_use(dg, age + 1), new - newest(df, age))
-            length = inverse_of(l2(new.detach()))
-            diagonal = newest(row, age) * length.square()
-        else:
-            length = inverse_of(newest(row.detach(), age).sqrt())
+            row, length = dots(in_use(dg, age + 1), new - newest(df, age)), l2(new.detach())
+        length = inverse_of(length)
         inverse = store_value(state.inverse, age, length)
         scale = in_use(inverse, age + 1) * length.unsqueeze(1)
-        diagonal = torch.where(length > 0, diagonal + self._ridge(row), 1.0)
-        system = store_products(state.system, age, row * scale, column * scale, diagonal)
+        row = row * scale
+        column = row if self.type != 1 else column * scale
+        system = store_products(state.system, age, row, column, length, self._ridge(row))
         found = replace(
             state, z=z, fz=fz, g=g, dg=dg, df=df, system=system, inverse=inverse, rhs=rhs, norm=l2(g.detach()), age=age + 1
         )

@@ -144,11 +144,10 @@ class Broyden:
         rhs, column = both_dots(in_use(s, age + 1), g, change - new)  # s_j · y: older j have no term of L here
         inverse = store_value(inverse, age, length)
         scale = in_use(inverse, age + 1) * length.unsqueeze(1)
-        row, column = row * scale, column * scale
-        diagonal = torch.where(length > 0, newest(column, age), 1.0)
+        core = store_products(state.core, age, row * scale, column * scale, length)
         return BroydenState(
-            z=z, fz=fz, g=g, s=s, df=df, core=store_products(state.core, age, row, column, diagonal), inverse=inverse,
-            rhs=rhs, best=best, best_z=best_z, best_fz=best_fz, age=age + 1,
+            z=z, fz=fz, g=g, s=s, df=df, core=core, inverse=inverse, rhs=rhs, best=best, best_z=best_z, best_fz=best_fz,
+            age=age + 1,
         )  # fmt: skip
 
 

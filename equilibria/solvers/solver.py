@@ -126,26 +126,32 @@ def store_difference(history: Tensor, age: int | Tensor, new: Tensor, old: Tenso
     return history
 
 
-def store_products(matrix: Tensor, age: int | Tensor, row: Tensor, column: Tensor, diagonal: Tensor | float) -> Tensor:
-    """matrix (B, m, m) with the products (B, used) of pair `age` and all pairs in use, and `diagonal` (B,) with itself: in
-    place, or as a copy where autograd records the solve or one graph holds it."""
+def store_products(
+    matrix: Tensor, age: int | Tensor, row: Tensor, column: Tensor, length: Tensor, ridge: float = 0.0
+) -> Tensor:
+    """matrix (B, m, m) with the products (B, used) of pair `age` and all pairs in use, and a ridge on the diagonal: in
+    place, or as a copy where autograd records the solve or one graph holds it.
+
+    A pair of length (B,) 0 has no products; with 1 on the diagonal the other pairs of its sample stay of use.
+    """
+    added = (length == 0).to(matrix.dtype).view(-1, 1, 1) if ridge == 0 else ridge
     if isinstance(age, Tensor):
         here, there = _slot(matrix, 1, age), _slot(matrix, 2, age)
         matrix = torch.where(there, column.unsqueeze(2), torch.where(here, row.unsqueeze(1), matrix))
-        return torch.where(here & there, diagonal.view(-1, 1, 1) if isinstance(diagonal, Tensor) else diagonal, matrix)
+        return torch.where(here & there, matrix + added, matrix)
     slot, used = age % matrix.shape[1], row.shape[1]
     matrix = matrix.clone() if recorded(matrix, row) else matrix
     matrix[:, slot, :used] = row
     matrix[:, :used, slot] = column
-    matrix[:, slot, slot] = diagonal
+    matrix[:, slot : slot + 1, slot : slot + 1] += added
     return matrix
 
 
 def store_value(values: Tensor, age: int | Tensor, value: Tensor) -> Tensor:
-    """values (B, m) with value (B,) for pair `age`, in place or as a copy, as above."""
+    """A copy of values (B, m) with value (B,) for pair `age`."""
     if isinstance(age, Tensor):
         return torch.where(_slot(values, 1, age), value.unsqueeze(1), values)
-    values = values.clone() if recorded(values, value) else values
+    values = values.clone()
     values[:, age % values.shape[1]] = value
     return values
 
