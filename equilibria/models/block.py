@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equilibria.nn import parametrizations
+from equilibria.nn.affine import affine
 from equilibria.nn.dropout import FrozenDropout
 from equilibria.nn.relative_attention import (
     relative_attention,
@@ -251,7 +252,7 @@ class TransformerBlock(nn.Module):
 
     def _keys_values(self, z: Tensor, injection: Tensor, weights: Weights) -> KeysValues:
         d = self.d_model
-        projected = F.linear(self._norm(z) if self.pre_norm else z, weights.qkv[d:]) + injection[..., d:]
+        projected = affine(self._norm(z) if self.pre_norm else z, weights.qkv[d:], injection[..., d:])
         keys, values = self._heads(projected, 2)
         return KeysValues(keys.contiguous(), values.contiguous())
 
@@ -294,8 +295,8 @@ class TransformerBlock(nn.Module):
         normed = self._norm(z) if self.pre_norm else z
         attended = self._attend(normed, injection, past, weights, positions, masks.weights)
         state = self._norm(z + drop(attended, masks.attention))
-        hidden = drop(_affine(state, weights.ff_in, weights.ff_in_bias).relu_(), masks.hidden)
-        output = state + drop(_affine(hidden, weights.ff_out, weights.ff_out_bias), masks.output)
+        hidden = drop(affine(state, weights.ff_in, weights.ff_in_bias).relu_(), masks.hidden)
+        output = state + drop(affine(hidden, weights.ff_out, weights.ff_out_bias), masks.output)
         return output if self.pre_norm else self._norm(output)
 
     def _attend(
@@ -308,8 +309,8 @@ class TransformerBlock(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         batch, length, _ = z.shape
-        qkv = torch.addmm(injection.flatten(0, 1), z.flatten(0, 1), weights.qkv.t())  # (B L, 3d)
-        queries, keys, values = self._heads(qkv.unflatten(0, (batch, length)), 3)  # (H, B, L, e)
+        qkv = affine(z, weights.qkv, injection)  # (B, L, 3d)
+        queries, keys, values = self._heads(qkv, 3)  # (H, B, L, e)
         content_query = queries.contiguous()
         attended = relative_attention(
             content_query,
@@ -321,8 +322,4 @@ class TransformerBlock(nn.Module):
             mask,
         )
         joined = attended.permute(1, 2, 0, 3).reshape(batch, length, self.d_model)
-        return _affine(joined, weights.attention_out, weights.attention_out_bias)
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.addmm(bias, x.flatten(0, 1), weight.t()).unflatten(0, x.shape[:2])
+        return affine(joined, weights.attention_out, weights.attention_out_bias)

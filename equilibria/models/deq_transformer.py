@@ -14,6 +14,7 @@ from equilibria.models.language_model import EquilibriumLM, Extension, LMConfig,
 from equilibria.models.memory import check_tensors
 from equilibria.nn.adaptive_embedding import AdaptiveEmbedding
 from equilibria.nn.adaptive_softmax import AdaptiveSoftmax
+from equilibria.nn.affine import affine
 from equilibria.nn.computed_once import computed_once
 from equilibria.nn.deq import DEQ
 from equilibria.nn.dropout import FrozenDropout
@@ -170,7 +171,7 @@ class DEQTransformerLM(EquilibriumLM):
     def injection(self, tokens: Tensor) -> Tensor:
         """u (B, L, 3d) of tokens (B, L)."""
         words = self.embedding(tokens)
-        return self.inject(self.word_dropout(words, self.word_dropout.mask(words)))
+        return affine(self.word_dropout(words, self.word_dropout.mask(words)), self.inject.weight, self.inject.bias)
 
     def draw_masks(self, injection: Tensor) -> DropoutMasks:
         """The masks of one forward pass; that of attention weights is drawn anew for each piece."""

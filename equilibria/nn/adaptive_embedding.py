@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from equilibria.nn.affine import affine
 from equilibria.nn.clusters import Clusters, check_ids, normal_parameters
 
 
@@ -61,13 +62,13 @@ class AdaptiveEmbedding(nn.Module):
     def _one_table(self, ids: Tensor) -> Tensor:
         check_ids(ids, self.clusters.n_token)
         vectors = F.embedding(ids, self.tables[0])
-        return F.linear(vectors, self.projections[0]) if len(self.projections) else vectors
+        return affine(vectors, self.projections[0]) if len(self.projections) else vectors
 
     def _many_tables(self, ids: Tensor) -> Tensor:
         order, counts = self.clusters.order(ids)
         members = ids.flatten()[order].split(counts)
         parts = zip(members, self.clusters.edges[:-1], self.tables, self.projections, strict=True)
-        sorted_vectors = torch.cat([F.linear(F.embedding(m - first, table), p) for m, first, table, p in parts])
+        sorted_vectors = torch.cat([affine(F.embedding(m - first, table), p) for m, first, table, p in parts])
         vectors = torch.empty_like(sorted_vectors).index_copy(0, order, sorted_vectors)  # (N, d_model), in token order
         return vectors.view(*ids.shape, self.clusters.d_model)
 

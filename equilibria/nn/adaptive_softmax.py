@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equilibria.nn.adaptive_embedding import AdaptiveEmbedding
+from equilibria.nn.affine import affine
 from equilibria.nn.clusters import Clusters, check_ids, normal_parameters
+from equilibria.nn.word_loss import word_loss
 
 
 class AdaptiveSoftmax(nn.Module):
@@ -78,15 +79,14 @@ class AdaptiveSoftmax(nn.Module):
         words = self._words()
         if not self.clusters.cutoffs:
             check_ids(ids, self.clusters.n_token)
-            return F.cross_entropy(self._logits(rows, words, 0), ids, reduction="none").view_as(targets)
+            return self._nll(rows, words, 0, ids).view_as(targets)
         order, counts = self.clusters.order(ids)
         _, *members = order.split(counts)
         head_ids, tail_nll = ids.clone(), []
         for i, positions in enumerate(members, start=1):
             head_ids[positions] = self._column(i)
-            logits = self._logits(rows[positions], words, i)
-            tail_nll.append(F.cross_entropy(logits, ids[positions] - self.clusters.edges[i], reduction="none"))
-        head_nll = F.cross_entropy(self._logits(rows, words, 0), head_ids, reduction="none")
+            tail_nll.append(self._nll(rows[positions], words, i, ids[positions] - self.clusters.edges[i]))
+        head_nll = self._nll(rows, words, 0, head_ids)
         return head_nll.index_add(0, torch.cat(members), torch.cat(tail_nll)).view_as(targets)
 
     def log_prob(self, hidden: Tensor) -> Tensor:
@@ -164,10 +164,17 @@ class AdaptiveSoftmax(nn.Module):
             weights[0], biases[0] = torch.cat([weights[0], self.cluster_weight]), torch.cat([biases[0], self.cluster_bias])
         return list(zip(weights, biases, strict=True))
 
+    def _nll(self, hidden: Tensor, words: Sequence[tuple[Tensor, Tensor]], i: int, ids: Tensor) -> Tensor:
+        """(N, d_model), (N,) -> (N,), for words of cluster i by their place in it, or columns of the head."""
+        return word_loss(self._vectors(hidden, i), *words[i], ids)
+
     def _logits(self, hidden: Tensor, words: Sequence[tuple[Tensor, Tensor]], i: int) -> Tensor:
         """(..., d_model) -> (..., size_i), for the head with a column for each tail; in float32 at least."""
-        vectors = hidden @ self.projections[i] if len(self.projections) else hidden
-        return at_least_float32(F.linear(vectors, *words[i]))
+        return at_least_float32(affine(self._vectors(hidden, i), *words[i]))
+
+    def _vectors(self, hidden: Tensor, i: int) -> Tensor:
+        """(..., d_model) -> (..., d_i)"""
+        return affine(hidden, self.projections[i].t()) if len(self.projections) else hidden
 
     def extra_repr(self) -> str:
         c = self.clusters
