@@ -248,7 +248,7 @@ class TransformerBlock(nn.Module):
         distances = torch.arange(count - 1, -1, -1, dtype=exact, device=like.device)
         sinusoids = sinusoidal_positions(distances, self.d_model, self.frequencies)
         sinusoids = self.position_dropout(sinusoids.to(like.dtype), mask)
-        return self.position(sinusoids).view(-1, self.n_head, self.d_head).permute(1, 2, 0).contiguous()
+        return affine(sinusoids, self.position.weight).view(-1, self.n_head, self.d_head).permute(1, 2, 0).contiguous()
 
     def _keys_values(self, z: Tensor, injection: Tensor, weights: Weights) -> KeysValues:
         d = self.d_model

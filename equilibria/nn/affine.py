@@ -68,7 +68,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Affine(torch.autograd.Function):
-    """(N, k), (n, k), and (n,), (N, n) or None -> (N, n). The backward pass is made of such products, and differentiable."""
+    """(N, k), (n, k), and (n,), (N, n) or None -> (N, n). The backward pass is made of such products."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -41,9 +41,9 @@ def test_values_and_derivatives_of_both_orders() -> None:
 def test_float32_is_as_exact_as_the_usual_way(scale: float) -> None:
     """With logits of a few thousand, too, whose exponentials no float holds."""
     tensors, ids = inputs(torch.float32, scale)
-    exact = [t.detach().double().requires_grad_() for t in tensors]
+    h, w, b = exact = [t.detach().double().requires_grad_() for t in tensors]
     weights = torch.linspace(0.5, 2.0, 7)
-    truth = torch.autograd.grad((plain(*exact, ids) * weights).sum(), exact)
+    truth = torch.autograd.grad((plain(h, w, b, ids) * weights).sum(), exact)
     for f in (word_loss, plain):
         for found, right in zip(torch.autograd.grad((f(*tensors, ids) * weights).sum(), tensors), truth, strict=True):
             assert (found - right).abs().max() <= 2e-3 * (scale / 30.0) * right.abs().max() + 1e-6
