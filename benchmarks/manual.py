@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from growth_tables import generation, growth
 from report import load, table, where
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -74,6 +75,7 @@ def torchdeq() -> str:
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "choosing.md": {"solvers": solvers, "overhead": overhead, "adjoints": adjoints},
     "migrating/torchdeq.md": {"torchdeq": torchdeq},
+    "growth.md": {"generation": generation, "growth": growth},
 }
 
 

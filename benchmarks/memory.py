@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -43,13 +44,22 @@ def step(solver: str, budget: int) -> float:
     adjoint = Unrolled() if kind == "unrolled" else Implicit(stopping=Stopping(rtol=1e-4, max_evals=16))
     with torch.no_grad():  # so that libraries have loaded what they load on first use
         block(block.initial(injection), *block.prepare(injection))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+
+    def train() -> None:
         args = block.prepare(injection)
         z0 = block.initial(injection)
         z, stats = fixed_point(block, z0, *args, solver=method, stopping=stopping, adjoint=adjoint)
         z.square().mean().backward()
-    if stats.evaluations != budget:
-        raise RuntimeError(f"{stats.evaluations} evaluations instead of {budget}")
+        if stats.evaluations != budget:
+            raise RuntimeError(f"{stats.evaluations} evaluations instead of {budget}")
+
+    return peak(train)
+
+
+def peak(run: Callable[[], object]) -> float:
+    """The most memory (MiB) that tensors hold at once during a run, besides what they held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
     profiler = record.profiler
     assert profiler is not None
     assert profiler.kineto_results is not None

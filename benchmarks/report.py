@@ -184,25 +184,6 @@ python benchmarks/gradients.py
 """
 
 
-def generation() -> str:
-    result = load("generation")
-    speed = result["tokens_per_second"]
-    return f"""## Generation at equilibrium
-
-A model of the `{result["recipe"]}` recipe, {result["prompt"]} tokens of prompt, {result["new_tokens"]} new ones:
-**{speed["cached"]:.1f} tokens/s** with the cache of solved positions, **{speed["full"]:.1f} tokens/s** when everything is
-solved again for each token ({speed["cached"] / speed["full"]:.1f} times). The logits of both ways differ by
-{result["logit_difference"]:.1e} in float64 at a tolerance of 1e-10; at the run's own tolerance
-{100 * result["greedy_agreement"]:.0f} % of greedy tokens agree.
-
-```sh
-python benchmarks/generation.py runs/{result["recipe"]}
-```
-
-Measured on {where(result)}.
-"""
-
-
 def quickstart() -> str:
     result = load("quickstart")
     model, twin = result["model"], result["twin"]
@@ -291,7 +272,7 @@ python benchmarks/hard_maps.py
 
 
 def main() -> None:
-    parts = (quickstart, copy_memory, language_models, memory, overhead, hard_maps, adjoints, gradients, generation)
+    parts = (quickstart, copy_memory, language_models, memory, overhead, hard_maps, adjoints, gradients)
     text = (
         "# Results\n\nEvery figure here was measured by the command beside it and set by `python benchmarks/report.py`.\n\n"
     )
