@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from growth_tables import generation, growth
+from peers import tables as peers
 from report import load, table, where
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -76,6 +77,13 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "choosing.md": {"solvers": solvers, "overhead": overhead, "adjoints": adjoints},
     "migrating/torchdeq.md": {"torchdeq": torchdeq},
     "growth.md": {"generation": generation, "growth": growth},
+    "benchmarks.md": {
+        "means": peers.means,
+        "solves": peers.solves,
+        "counts": peers.counts,
+        "gradients": peers.gradients,
+        "overhead": peers.overhead,
+    },
 }
 
 
