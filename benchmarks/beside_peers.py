@@ -1,7 +1,8 @@
 """This library beside TorchDEQ, jaxopt, optimistix and scipy on the same maps, to the same true residual.
 
-    python3 -m venv peers && peers/bin/pip install -r benchmarks/peers/requirements.txt
-    peers/bin/pip install --no-deps torchdeq==0.1.0 . && peers/bin/python benchmarks/beside_peers.py [--only ...] [--quick]
+    python3 -m venv peers && ./peers/bin/pip install -r benchmarks/peers/requirements.txt
+    ./peers/bin/pip install --no-deps torchdeq==0.1.0 .
+    ./peers/bin/python benchmarks/beside_peers.py [--only NAME ...] [--quick]
 
 All in one process, in turn, two threads each. A solve is timed only if the relative residual of every sample, measured anew
 in float64, is within the tolerance; each contender is asked for the loosest tolerance of its own for which that is so.

@@ -51,8 +51,8 @@ class Taped:
 
 
 def exact(problem: Problem) -> list[np.ndarray]:
-    """The gradients of a solve in float64 to 1e-9, forward and backward."""
-    stopping = Stopping(rtol=1e-9, max_evals=2000)
+    """The gradients of a solve in float64 to 1e-8, forward and backward."""
+    stopping = Stopping(rtol=1e-8, max_evals=5000)
     z0, all_stats = torch.zeros(problem.shape, dtype=torch.float64), []
 
     def solve(args: tuple[Tensor, ...]) -> Tensor:

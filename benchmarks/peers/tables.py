@@ -12,6 +12,10 @@ PEERS = {"torchdeq": "TorchDEQ", "jaxopt": "jaxopt", "optimistix": "optimistix",
 Row = dict[str, Any]
 
 
+def _power(rtol: float) -> str:
+    return f"{rtol:.0e}".replace("e-0", "e-")
+
+
 def fewest(row: Row, library: str) -> int | None:
     """Evaluations of the solver of a library that needs the fewest."""
     found = [c["evaluations"] for c in row["contenders"].values() if c["library"] == library and c["reached"]]
@@ -33,7 +37,8 @@ def theirs(row: Row, library: str) -> str:
     if not those:
         return "–"
     if library not in row["best"]:
-        return f"not reached ({max(c['share'] for c in those):.0%})"
+        share = max(c["share"] for c in those)
+        return f"not reached ({share:.0%})" if share < 1 else "not reached"
     if library not in row["ratios"]:
         return "reached"
     count = fewest(row, library)
@@ -44,7 +49,7 @@ def theirs(row: Row, library: str) -> str:
 def solves() -> str:
     result = load("peers")
     head = ["problem", "to", "ours (ms)", "evals", "our fastest", *PEERS.values()]
-    rows = [[r["problem"], f"{r['rtol']:.0e}", *ours(r), *(theirs(r, peer) for peer in PEERS)] for r in result["solve"]]
+    rows = [[r["problem"], _power(r["rtol"]), *ours(r), *(theirs(r, peer) for peer in PEERS)] for r in result["solve"]]
     return table(head, rows)
 
 
@@ -52,7 +57,7 @@ def gradients() -> str:
     result = load("peers")
     peers = [peer for peer in PEERS if peer != "scipy"]
     head = ["problem", "to", "ours (ms)", "evals", "our fastest", *(PEERS[peer] for peer in peers)]
-    rows = [[r["problem"], f"{r['rtol']:.0e}", *ours(r), *(theirs(r, peer) for peer in peers)] for r in result["gradient"]]
+    rows = [[r["problem"], _power(r["rtol"]), *ours(r), *(theirs(r, peer) for peer in peers)] for r in result["gradient"]]
     return table(head, rows)
 
 
@@ -105,7 +110,7 @@ def counts() -> str:
             continue
         name, count = min(least.items(), key=lambda item: item[1])
         if count < mine:
-            lines.append([row["problem"], f"{row['rtol']:.0e}", str(mine), f"{count} ({name})"])
+            lines.append([row["problem"], _power(row["rtol"]), str(mine), f"{count} ({name})"])
     return table(["problem", "to", "ours", "fewest of a peer"], lines) if lines else "No peer needs fewer in any row."
 
 
