@@ -20,6 +20,9 @@ import math
 import torch
 from torch import Tensor
 
+from equilibria.kernels.relative_attention import relative_attention as attention
+from equilibria.kernels.relative_attention.reference import relative_shift as relative_shift
+
 
 def sinusoidal_frequencies(width: int, *, like: Tensor | None = None) -> Tensor:
     """(width / 2,): w_i = 10000^(-2i / width), with the dtype and device of `like`. `width` must be even, else ValueError.
@@ -45,20 +48,6 @@ def sinusoidal_positions(distances: Tensor, width: int, frequencies: Tensor | No
         frequencies = sinusoidal_frequencies(width, like=distances)
     angles = distances[:, None] * frequencies.to(distances.dtype)
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
-
-
-def relative_shift(product: Tensor) -> Tensor:
-    """(..., L, K + 1) with column c for distance K - c  ->  (..., L, K) with column j for distance K - L + i - j.
-
-    A view where the last two dimensions of `product` are contiguous. Entries with j > i + K - L (keys that come after
-    the query) hold numbers of other rows and must be masked.
-
-    >>> relative_shift(torch.arange(6.0).view(2, 3))  # L = 2, K = 2: row i starts at column L - i
-    tensor([[2., 3.],
-            [4., 5.]])
-    """
-    length, width = product.shape[-2:]
-    return product.flatten(-2)[..., length:].unflatten(-1, (length, width - 1))
 
 
 def relative_mask(
@@ -109,7 +98,7 @@ def relative_attention(
     """(softmax(content_query . keys + shift(position_query . positions) + mask) * dropout_mask) . values
 
     The heads come first, so that a product over positions, which all samples share, is one matrix product per head.
-    Plain matrix products and softmax: differentiable any number of times, in reverse and forward mode, and under vmap.
+    Differentiable any number of times, in reverse and forward mode, and under vmap.
 
     Args:
         content_query: (H, B, L, e), (q + b_w) / sqrt(e); contiguous, to avoid a copy.
@@ -127,18 +116,4 @@ def relative_attention(
     >>> relative_attention(q, q, q, q, torch.randn(2, 8, 5), relative_mask(4, 0, like=q)).shape
     torch.Size([2, 3, 4, 8])
     """
-    heads, batch, length, _ = content_query.shape
-    columns = keys.shape[2]
-    queries = position_query.flatten(1, 2)  # (H, B L, e)
-    if mask is None:
-        product = torch.bmm(queries, positions)  # (H, B L, K + 1)
-    else:
-        # Added by the matrix product itself: a separate pass over the scores would cost as much as the softmax.
-        rows = mask.expand(batch, -1, -1).reshape(batch * length, columns + 1)
-        product = torch.baddbmm(rows.expand(heads, -1, -1), queries, positions)
-    shifted = relative_shift(product.reshape(heads * batch, length, columns + 1))  # (H B, L, K)
-    scores = torch.baddbmm(shifted, content_query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
-    weights = scores.softmax(dim=-1)
-    if dropout_mask is not None:
-        weights = (weights.unflatten(0, (heads, batch)) * dropout_mask.transpose(0, 1)).flatten(0, 1)
-    return torch.bmm(weights, values.flatten(0, 1)).unflatten(0, (heads, batch))
+    return attention(content_query, position_query, keys, values, positions, mask, dropout_mask)

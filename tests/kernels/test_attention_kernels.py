@@ -9,8 +9,10 @@ from kernel_calls import count_calls
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from equilibria import Stopping, fixed_point
 from equilibria.kernels import choice
 from equilibria.kernels.relative_attention import reference, relative_attention, triton
+from equilibria.models.block import DropoutMasks, Memory, TransformerBlock
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own
 
@@ -156,3 +158,26 @@ def test_autocast_casts_as_it_does_for_matrix_products(device, monkeypatch):
     gradients = torch.autograd.grad(found.float().sum(), tensors)
     assert all(g.dtype == torch.float32 for g in gradients)
     assert called == ["forward", "backward"]
+
+
+def test_a_block_solved_with_the_kernels(device, monkeypatch):
+    """A block of the language model at its equilibrium, with the gradient through it, with and without the kernels."""
+    torch.manual_seed(0)
+    block = TransformerBlock(d_model=16, n_head=2, d_inner=24, attention_dropout=0.2, init_std=0.1).to(device)
+    injection = torch.randn(2, 6, 48, device=device, requires_grad=True)
+    past = Memory(torch.randn(2, 4, 16, device=device), torch.randn(2, 4, 48, device=device))
+    upper = torch.randn(2, 6, 16, device=device)
+    masks = DropoutMasks(weights=block.draw_weights_mask(injection, 10))
+    called = count_calls(monkeypatch, triton, "forward", "backward")
+    found = []
+    for asked in (True, False):
+        monkeypatch.setattr(choice, "ASKED", asked)
+        args = block.prepare(injection, past, masks, 7)
+        z, stats = fixed_point(block, block.initial(injection), *args, stopping=Stopping(rtol=1e-5))
+        assert (stats.relative <= 1e-5).all()
+        gradients = torch.autograd.grad(z, [injection, *block.parameters()], upper)
+        assert {"forward", "backward"} <= set(called) if asked else not called
+        called.clear()
+        found.append((z, *gradients))
+    for with_kernels, without in zip(*found, strict=True):
+        torch.testing.assert_close(with_kernels, without, rtol=1e-3, atol=1e-3 * float(without.detach().abs().max()))
