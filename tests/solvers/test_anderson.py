@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -12,6 +13,8 @@ from steps import iterates
 from torch import Tensor
 
 from equilibria import Anderson, Picard, Stopping, fixed_point
+from equilibria.iterate import BudgetedMap
+from equilibria.models.block import TransformerBlock
 
 
 def textbook(
@@ -24,6 +27,7 @@ def textbook(
 
     Type II: γ = argmin ‖g - ΔG γ‖ by least squares; type I: (ΔZᵀ ΔG) γ = ΔZᵀ g.
     """
+    assert solver.damping is not None
     zs, pairs, forgotten, expansion = [z0], [], 0, 1.0
     g = f(z0) - z0
     for _ in range(steps):
@@ -219,3 +223,72 @@ def test_goes_on_at_rest(ridge: float | None, kind: Literal[1, 2] | None) -> Non
 def test_refuses_options_out_of_range(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Anderson(**options)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+
+class TestDampingByProgress:
+    """`damping=None`."""
+
+    def test_the_stretch_is_the_best_damping_of_a_linear_map(self) -> None:
+        """β* = r · r / r · (I - J) r for r = g - Σ γᵢ Δgᵢ, as of history 3 with pairs that were overwritten."""
+        J = 0.85 * torch.eye(12).double() + 0.1 * normal(0, 12, 12) / 12**0.5
+        b = normal(1, 4, 12)
+        f = BudgetedMap(lambda z: z @ J.T + b, [], 40)
+        solver = Anderson(history=3, damping=None, type=2, restart=1.01, ridge=0.0)
+        state, lengthened, checked = solver.init(f, 0 * b), False, 0
+        for _ in range(14):
+            age, g, norm, mark = state.age, state.g.clone(), state.norm, state.mark
+            dg, inverse, before = state.dg[:, :age].clone(), state.inverse[:, :age].clone(), state.stretch
+            lengthened |= bool((before > math.log(1.5)).any())
+            state = solver.step(f, state)
+            if age == 0:
+                continue
+            for i in range(4):
+                pairs = dg[i][inverse[i] > 0]
+                r = (
+                    g[i] - (pairs.T @ torch.linalg.lstsq(pairs.T, g[i, :, None]).solution).squeeze(1)
+                    if len(pairs)
+                    else g[i]
+                )
+                best = r @ r / (r @ (r - J @ r))
+                expected = torch.lerp(before[i], best.clamp(1 / 3, 3).log() if best > 0 else 0 * best, 0.3)
+                if state.norm[i] <= min(0.7 * float(mark[i]), 0.505 * float(norm[i])):
+                    expected = before[i]
+                assert torch.allclose(state.stretch[i], expected, atol=1e-6)
+                checked += 1
+        assert lengthened
+        assert checked == 52
+
+    def test_fewer_evaluations_near_the_identity(self) -> None:
+        torch.manual_seed(0)
+        block = TransformerBlock(64, 4, 256)
+        u = torch.randn(8, 32, 192)
+        with torch.no_grad():
+            args = block.prepare(u)
+            found: dict[float | None, int] = {}
+            for damping in (1.0, None):
+                stopping = Stopping(rtol=1e-3, atol=0, max_evals=200)
+                solution = fixed_point(block, block.initial(u), *args, solver=Anderson(damping=damping), stopping=stopping)
+                assert solution.stats.converged.all()
+                found[damping] = int(solution.stats.steps.sum())
+        assert found[None] <= 0.95 * found[1.0]
+
+    def test_nothing_changes_on_a_contraction(self) -> None:
+        W, x = normal(0, 64, 64), normal(1, 8, 64)
+        W = 0.9 * W / torch.linalg.matrix_norm(W, 2)
+        one, chosen = (
+            fixed_point(tanh_map, 0 * x, W, x, solver=Anderson(damping=damping), stopping=Stopping(rtol=1e-8))
+            for damping in (1.0, None)
+        )
+        assert torch.equal(one.z, chosen.z)
+
+    def test_a_sample_alone_and_in_a_batch(self) -> None:
+        J = 0.85 * torch.eye(12).double() + 0.1 * normal(0, 12, 12) / 12**0.5
+        b = normal(1, 4, 12)
+        f = lambda z, b: z @ J.T + b.sin()  # noqa: E731
+        solver, stopping = Anderson(damping=None, history=4), Stopping(rtol=1e-9, max_evals=100)
+        whole = fixed_point(f, 0 * b, b, solver=solver, stopping=stopping)
+        assert whole.stats.converged.all()
+        for i in range(4):
+            alone = fixed_point(f, 0 * b[i : i + 1], b[i : i + 1], solver=solver, stopping=stopping)
+            assert int(alone.stats.steps) == int(whole.stats.steps[i])
+            assert torch.allclose(alone.z, whole.z[i : i + 1], rtol=1e-6, atol=1e-9)

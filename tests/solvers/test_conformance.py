@@ -34,6 +34,7 @@ SOLVERS: dict[str, Any] = {
     "picard-damped": Picard(damping=0.4),
     "anderson": Anderson(),
     "anderson-damped": Anderson(history=8, damping=0.6),
+    "anderson-by-progress": Anderson(damping=None),
     "broyden": Broyden(),
     "broyden-line-search": Broyden(history=8, line_search=5),
     "gmres": GMRES(restart=7),
