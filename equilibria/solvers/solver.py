@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from math import isfinite
 from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
@@ -86,6 +87,8 @@ class Solver(Protocol[S]):
 def difference(fz: Tensor, z: Tensor) -> Tensor:
     """f(z) - z in float32 at least."""
     dtype = work_dtype(z.dtype)
+    if z.dtype == fz.dtype == dtype:
+        return fz - z
     return fz.to(dtype) - z.to(dtype)
 
 
@@ -111,8 +114,10 @@ def store_difference(history: Tensor, age: int | Tensor, new: Tensor, old: Tenso
 
     The difference is taken in float32 at least and rounded to the dtype of the history.
     """
-    dtype = torch.promote_types(work_dtype(new.dtype), work_dtype(history.dtype))
-    new, old = new.to(dtype), old.to(dtype)
+    dtype = history.dtype
+    if not new.dtype == old.dtype == dtype or dtype != work_dtype(dtype):
+        dtype = torch.promote_types(work_dtype(new.dtype), work_dtype(dtype))
+        new, old = new.to(dtype), old.to(dtype)
     if isinstance(age, Tensor):
         return torch.where(_slot(history, 1, age), (new - old).to(history.dtype).unsqueeze(1), history)
     slot = age % history.shape[1]
@@ -219,6 +224,8 @@ def combine(base: Tensor, weights: Tensor, history: Tensor) -> Tensor:
 
 def inverse_of(length: Tensor) -> Tensor:
     """1 / length, and 0 where that is 0. Its derivative is 0 there too, not 0 times infinity."""
+    if not recorded(length):
+        return length.reciprocal().nan_to_num(nan=0.0, posinf=0.0)
     some = length > 0
     return torch.where(some, torch.where(some, length, 1.0).reciprocal(), 0.0)
 
@@ -236,8 +243,11 @@ def scaled(system: Tensor, inverse: Tensor, ridge: float = 0.0) -> Tensor:
 def solve_scaled(system: Tensor, rhs: Tensor, inverse: Tensor) -> Tensor:
     """x (B, m) with A x = rhs, from D A D. Samples whose system is singular get x = 0: they take a plain step."""
     solution = torch.linalg.solve_ex(system, (inverse * rhs).unsqueeze(2))[0].squeeze(2)
-    sound = solution.sum(dim=1, keepdim=True).abs() < torch.inf  # a zero on the diagonal of the factor divides
-    return inverse * solution.masked_fill(~sound, 0.0)
+    # A zero on the diagonal of the factor divides, and a sum is not finite unless all its terms are.
+    if solution.device.type != "cpu" or blind() or not isfinite(float(solution.detach().sum())):
+        sound = solution.sum(dim=1, keepdim=True).abs() < torch.inf
+        solution = solution.masked_fill(~sound, 0.0)
+    return inverse * solution
 
 
 def check_choice(name: str, value: Any, methods: Sequence[str], example: str) -> None:
