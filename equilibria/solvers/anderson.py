@@ -190,7 +190,7 @@ class Anderson:
 
     def _remember(self, state: AndersonState, z: Tensor, fz: Tensor, g: Tensor, gamma: Tensor | None) -> AndersonState:
         age = state.age
-        overwritten = torch.zeros_like(state.norm)  # Δg · g of the pair whose place is taken
+        overwritten = None  # Δg · g of the pair whose place is taken
         if self.damping is None and (isinstance(age, Tensor) or age >= state.dg.shape[1]):
             overwritten = torch.linalg.vecdot(newest(state.dg, age), g).detach()
         dg = store_difference(state.dg, age, g, state.g)
@@ -213,14 +213,19 @@ class Anderson:
         )
         return self._judge(found, state, gamma, length, overwritten)
 
-    def _best_stretch(self, found: AndersonState, before: AndersonState, gamma: Tensor, overwritten: Tensor) -> Tensor:
+    def _best_stretch(
+        self, found: AndersonState, before: AndersonState, gamma: Tensor, overwritten: Tensor | None
+    ) -> Tensor:
         """(B,) `stretch` after a step of type 2.
 
         The step β r, r = g - Σ γᵢ Δgᵢ, has led to g' = r - β (I - J) r, were f linear. Then r · (I - J) (β* r) = r · r for
         β* = β r · r / (r · r - r · g'); both products are had from those that are known: r is at right angles to all Δgᵢ.
         """
         gamma = gamma.detach()
-        products = store_value(found.rhs.detach().clone(), before.age, overwritten)[:, : gamma.shape[1]]  # Δgᵢ · g'
+        products = found.rhs.detach()  # Δgᵢ · g'
+        if overwritten is not None:
+            products = store_value(products.clone(), before.age, overwritten)
+        products = products[:, : gamma.shape[1]]
         left = before.norm.square() - torch.linalg.vecdot(gamma, before.rhs.detach())
         after = torch.linalg.vecdot(before.g.detach(), found.g.detach()) - torch.linalg.vecdot(gamma, products)
         beta = self._damping(before)
@@ -234,7 +239,7 @@ class Anderson:
         before: AndersonState,
         gamma: Tensor | None,
         newest: Tensor,
-        overwritten: Tensor,
+        overwritten: Tensor | None,
     ) -> AndersonState:
         """Forget the pairs of samples that they misled, and of those that have waited too long for progress."""
         norm = found.norm
