@@ -77,19 +77,22 @@ def backward(solver: Solver[Any], evaluations: int) -> Counter[str]:
 @pytest.mark.parametrize(
     ("count", "solver", "start", "step", "syncs"),
     [
-        (forward, Picard(), 40, 20, 1),
-        (forward, Anderson(), 52, 95, 3),
-        (forward, Broyden(), 50, 100, 1),
-        (forward, NewtonKrylov(), 44, 135, 3),
-        (backward, Picard(), 78, 22, 1),
-        (backward, Anderson(), 140, 96, 3),
-        (backward, Broyden(), 148, 102, 1),
-        (backward, GMRES(), 250, 140, 2),
+        (forward, Picard(), 40, 19, 1),
+        (forward, Anderson(), 52, 84, 4),
+        (forward, Broyden(), 50, 94, 2),
+        (forward, NewtonKrylov(), 44, 126, 2),
+        (backward, Picard(), 78, 21, 1),
+        (backward, Anderson(), 135, 86, 4),
+        (backward, Broyden(), 145, 96, 2),
+        (backward, GMRES(), 238, 129, 2),
     ],
     ids=lambda value: value.__name__ if callable(value) else type(value).__name__ if hasattr(value, "step") else "",
 )
 def test_operations_of_a_solve(count: Callable[..., Counter[str]], solver: Solver[Any], start: int, step: int, syncs: int):
-    """A solve of one evaluation, and each evaluation more: all operations, f or its product included, and host syncs."""
+    """A solve of one evaluation, and each evaluation more: all operations, f or its product included, and host syncs.
+
+    Syncs are counted on a CPU, where the solvers look at values that they would not wait for on an accelerator.
+    """
     one, few, more = (count(solver, n) for n in (1, 6, 8))
     assert sum(one.values()) <= start
     assert sum(more.values()) - sum(few.values()) <= 2 * step
