@@ -7,7 +7,7 @@ What f uses without declaring it would lose its gradient; it is found here, and 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from types import CellType
 from typing import Any, NamedTuple
@@ -177,7 +177,7 @@ class _Owned(NamedTuple):
 
     tensor: Tensor
     names: list[str]
-    slots: list[tuple[Mapping[str, Tensor | None], str]]
+    slots: list[tuple[dict[str, Tensor | None], str]]
 
     def holds(self, value: Tensor) -> bool:
         """Whether the value is in place already: the caller may have put another there, as functional_call does."""
@@ -186,20 +186,24 @@ class _Owned(NamedTuple):
 
 def _owned(module: nn.Module) -> list[_Owned]:
     found: dict[int, _Owned] = {}
-    modules = list(module.named_modules())  # once each, also where it is registered under two names
-    for prefix, held in (*((p, m._parameters) for p, m in modules), *((p, m._buffers) for p, m in modules)):
-        for key, tensor in held.items():
-            if tensor is not None:
-                place = found.setdefault(id(tensor), _Owned(tensor, [], []))
-                place.names.append(f"{prefix}.{key}" if prefix else key)
-                place.slots.append((held, key))
+    seen = set()
+    for name, tensor in _named(module, tied=True):
+        path, _, key = name.rpartition(".")
+        owner = module.get_submodule(path)
+        held: Any = owner._parameters if key in owner._parameters else owner._buffers
+        if (id(held), key) in seen:  # a module that is registered under two names
+            continue
+        seen.add((id(held), key))
+        place = found.setdefault(id(tensor), _Owned(tensor, [], []))
+        place.names.append(name)
+        place.slots.append((held, key))
     return list(found.values())
 
 
-def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, each under one name."""
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+def _named(module: nn.Module, *, tied: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Names of parameters and buffers; with `tied`, all the names that one has."""
+    yield from module.named_parameters(remove_duplicate=not tied)
+    yield from module.named_buffers(remove_duplicate=not tied)
 
 
 def _refuse_layers(module: nn.Module) -> None:
