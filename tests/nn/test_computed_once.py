@@ -221,7 +221,7 @@ class TestGradients:
         z, stats = solver(block, ADJOINTS[adjoint])(x)
         found = torch.autograd.grad(z.square().sum(), [x, *block.parameters()])
         # fixed_point takes the block as it is: every evaluation computes its parametrised tensors.
-        options: dict[str, Any] = {"stopping": TIGHT, "adjoint": ADJOINTS[adjoint]}
+        options: dict[str, Any] = {"stopping": TIGHT, "adjoint": ADJOINTS[adjoint], "batch_dims": (0,)}
         other, other_stats = fixed_point(block, block.initial(x), *block.prepare(x), **options)
         expected = torch.autograd.grad(other.square().sum(), [x, *block.parameters()])
         assert torch.equal(z, other)
