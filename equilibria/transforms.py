@@ -95,6 +95,11 @@ def carries_derivatives(t: Tensor) -> bool:
         return carries_derivatives(_functorch.get_unwrapped(t) if here else t)
 
 
+def recorded(*tensors: Tensor) -> bool:
+    """Whether reverse or forward mode follows these tensors, so that nothing may be overwritten."""
+    return differentiating() and any(map(carries_derivatives, tensors))
+
+
 def nodes_behind(output: Tensor) -> Iterator[Any]:
     """The nodes of the graph behind a tensor."""
     seen, queue = set(), [output.grad_fn]

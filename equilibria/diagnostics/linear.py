@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from equilibria.declared import Declared
+from equilibria.kernels.history import combine, dots
 from equilibria.products import linearize, needs_autograd
-from equilibria.solvers.solver import combine, dots, inverse_of
+from equilibria.solvers.small_systems import inverse_of
 from equilibria.stopping import l2, work_dtype
 from equilibria.structure import layout_of
 

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from equilibria.transforms import blind, carries_derivatives, differentiating, reverse_alone
+from equilibria.transforms import blind, recorded, reverse_alone
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's own interpreter runs the kernels, on tensors of the CPU: slow, for tests."""
@@ -34,11 +34,6 @@ def fused(*tensors: Tensor) -> bool:
         return False
     device = tensors[0].device
     return all(_plain(t) and t.device == device and t.dtype in DTYPES and t.numel() for t in tensors)
-
-
-def recorded(*tensors: Tensor) -> bool:
-    """Whether a derivative follows these tensors, so that nothing may be overwritten."""
-    return differentiating() and any(map(carries_derivatives, tensors))
 
 
 def fused_unrecorded(*tensors: Tensor) -> bool:

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from equilibria.kernels.relative_attention import relative_attention as attention
+from equilibria.kernels.relative_attention import relative_attention as relative_attention
 from equilibria.kernels.relative_attention.reference import relative_shift as relative_shift
 
 
@@ -84,36 +84,3 @@ def relative_mask(
     # The shift drops the first L entries and reads on from there; undo it by putting L entries in front.
     flat = torch.cat((shifted.new_zeros(*shifted.shape[:-2], length), shifted.flatten(-2)), dim=-1)
     return flat.unflatten(-1, (length, columns + 1))
-
-
-def relative_attention(
-    content_query: Tensor,
-    position_query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    mask: Tensor | None,
-    dropout_mask: Tensor | None = None,
-) -> Tensor:
-    """(softmax(content_query . keys + shift(position_query . positions) + mask) * dropout_mask) . values
-
-    The heads come first, so that a product over positions, which all samples share, is one matrix product per head.
-    Differentiable any number of times, in reverse and forward mode, and under vmap.
-
-    Args:
-        content_query: (H, B, L, e), (q + b_w) / sqrt(e); contiguous, to avoid a copy.
-        position_query: (H, B, L, e), (q + b_r) / sqrt(e); contiguous, to avoid a copy.
-        keys: (H, B, K, e), K >= L.
-        values: (H, B, K, e).
-        positions: (H, e, K + 1), projected positions of the distances K, K - 1, ..., 0.
-        mask: (L, K + 1) or (B, L, K + 1) of `relative_mask`, or None.
-        dropout_mask: (B, H, L, K) on the attention weights, or None.
-
-    Returns:
-        (H, B, L, e).
-
-    >>> q = torch.randn(2, 3, 4, 8)
-    >>> relative_attention(q, q, q, q, torch.randn(2, 8, 5), relative_mask(4, 0, like=q)).shape
-    torch.Size([2, 3, 4, 8])
-    """
-    return attention(content_query, position_query, keys, values, positions, mask, dropout_mask)

@@ -9,28 +9,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from equilibria.solvers.solver import (
-    Map,
-    State,
-    both_dots,
-    check_count,
-    check_damping,
-    check_factor,
-    combine,
-    difference,
-    dots,
+from equilibria.kernels.history import both_dots, combine, dots, store_dots
+from equilibria.kernels.history.ring import in_use, newest, ring, store_difference
+from equilibria.solvers.small_systems import (
     identities,
-    in_use,
     inverse_of,
-    newest,
-    ring,
     scaled,
     solve_scaled,
     square_in_use,
-    store_difference,
     store_products,
     store_value,
 )
+from equilibria.solvers.solver import Map, State, check_count, check_damping, check_factor, difference
 from equilibria.stopping import l2
 
 STALL_STEPS, STALL_RATIO = 8, 0.7
@@ -193,12 +183,11 @@ class Anderson:
         overwritten = None  # Δg · g of the pair whose place is taken
         if self.damping is None and (isinstance(age, Tensor) or age >= state.dg.shape[1]):
             overwritten = torch.linalg.vecdot(newest(state.dg, age), g).detach()
-        dg = store_difference(state.dg, age, g, state.g)
+        dg, rhs, row = store_dots(state.dg, age, g, state.g, g)
         df = store_difference(state.df, age, fz, state.fz)
-        new = newest(dg, age)
-        rhs, row = both_dots(in_use(dg, age + 1), g, new)
         column, length = row, newest(row.detach(), age).sqrt()
         if self.type == 1:
+            new = newest(dg, age)
             of_f, column = both_dots(in_use(df, age + 1), g, new)
             rhs, column = rhs - of_f, row - column
             row, length = dots(in_use(dg, age + 1), new - newest(df, age)), l2(new.detach())

@@ -7,27 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from equilibria.kernels.history import both_dots, combine, dots
+from equilibria.kernels.history.ring import in_use, newest, ring, store_difference
 from equilibria.solvers.line_search import backtrack
-from equilibria.solvers.solver import (
-    Map,
-    State,
-    both_dots,
-    check_count,
-    check_factor,
-    combine,
-    difference,
-    dots,
+from equilibria.solvers.small_systems import (
     identities,
-    in_use,
     inverse_of,
-    newest,
-    ring,
     solve_scaled,
     square_in_use,
-    store_difference,
     store_products,
     store_value,
 )
+from equilibria.solvers.solver import Map, State, check_count, check_factor, difference
 from equilibria.stopping import l2
 
 

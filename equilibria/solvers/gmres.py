@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from equilibria.kernels.history import combine
 from equilibria.solvers.krylov import KrylovSpace
-from equilibria.solvers.solver import Map, State, check_count, combine, difference, inverse_of
+from equilibria.solvers.small_systems import inverse_of
+from equilibria.solvers.solver import Map, State, check_count, difference
 from equilibria.stopping import l2
 
 

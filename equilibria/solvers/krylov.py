@@ -8,8 +8,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from equilibria.solvers.solver import combine, dots, inverse_of, recorded
+from equilibria.kernels.history import combine, dots
+from equilibria.solvers.small_systems import inverse_of
 from equilibria.stopping import l2
+from equilibria.transforms import recorded
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from equilibria.kernels.history import combine
 from equilibria.solvers.krylov import KrylovSpace
 from equilibria.solvers.line_search import backtrack
-from equilibria.solvers.solver import Map, State, check_count, combine, difference
+from equilibria.solvers.solver import Map, State, check_count, difference
 from equilibria.stopping import l2
 
 

@@ -12,7 +12,7 @@ import torch
 
 from equilibria.kernels import choice
 
-KERNELS = ["test_history_kernels.py", "test_residual_kernel.py", "test_attention_kernels.py"]
+KERNELS = ["test_history_kernels.py", "test_attention_kernels.py"]
 ON_GPU = torch.cuda.is_available() and choice.installed()
 if choice.INTERPRETED:
     collect_ignore = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.name not in KERNELS]

@@ -39,7 +39,6 @@ def compile_only(self, *args, warmup, **kwargs):
 JITFunction.run = compile_only
 from equilibria.kernels.history import triton as history
 from equilibria.kernels.relative_attention import triton as attention
-from equilibria.kernels.residual import triton as residual
 
 v = torch.zeros(3, 5000)
 ring = torch.zeros(3, 20, 5000, dtype=torch.bfloat16)
@@ -47,7 +46,6 @@ history.dots(ring, v)
 history.both_dots(ring.float(), v, v)
 history.store_dots(ring, 21, v, v, v)
 history.combine(v.bfloat16(), v[:, :20], ring)
-residual.residual(v.bfloat16(), v.bfloat16())
 for dtype, width in ((torch.float32, 64), (torch.bfloat16, 128)):
     q, k = torch.zeros(2, 3, 50, width, dtype=dtype), torch.zeros(2, 3, 80, width, dtype=dtype)
     inputs = (q, q, k, k, torch.zeros(2, width, 81, dtype=dtype), torch.zeros(3, 50, 81), torch.zeros(3, 2, 50, 80))
@@ -69,5 +67,5 @@ def test_kernels_compile(tmp_path: Path) -> None:
     kernels = json.loads(run.stdout)
     backward = ["_backward_queries", "_backward_keys", "_backward_positions"]
     history = ["_dots", "_dots", "_dots", "_combine"]
-    assert [name for name, _, _ in kernels] == [*history, "_residual", "_forward", "_forward", *backward]
+    assert [name for name, _, _ in kernels] == [*history, "_forward", "_forward", *backward]
     assert all(shared <= SHARED and size for _, shared, size in kernels), kernels

@@ -61,13 +61,13 @@ def combine(base: Tensor, weights: Tensor, history: Tensor) -> Tensor:
     return reference.combine(base, weights, history)
 
 
-def store_dots(history: Tensor, age: int, new: Tensor, old: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def store_dots(history: Tensor, age: int | Tensor, new: Tensor, old: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Store new - old (B, D) as pair `age` of a ring buffer (B, m, D), in the pass that takes two rows of products.
 
     These are the products (B, used) of v, and of the pair itself, with all pairs then in use. Pair `age`, counted from 0,
     lies in slot age mod m. The difference is taken in the dtype of v and rounded to that of the history, and what is stored
-    is what is multiplied. Slots not in use are not read. The history is written to, and returned; where autograd records, a
-    copy is returned instead.
+    is what is multiplied. Slots not in use are not read, unless the age is a tensor. The history is written to, and
+    returned; where autograd records or one graph holds the solve, a copy is returned instead.
 
     >>> import torch
     >>> one = torch.ones(1, 3)
@@ -75,7 +75,7 @@ def store_dots(history: Tensor, age: int, new: Tensor, old: Tensor, v: Tensor) -
     >>> of_one, of_itself
     (tensor([[6.]]), tensor([[12.]]))
     """
-    if fused_unrecorded(history, new, old, v):
+    if isinstance(age, int) and fused_unrecorded(history, new, old, v):
         from equilibria.kernels.history import triton
 
         return triton.store_dots(history, age, new, old, v)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from equilibria.kernels.choice import recorded
+from equilibria.kernels.history.ring import in_use, newest, store_difference
 
 
 def dots(history: Tensor, v: Tensor) -> Tensor:
@@ -38,12 +38,7 @@ def combine(base: Tensor, weights: Tensor, history: Tensor) -> Tensor:
     return total.to(base.dtype)
 
 
-def store_dots(history: Tensor, age: int, new: Tensor, old: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def store_dots(history: Tensor, age: int | Tensor, new: Tensor, old: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """history (B, m, D) with new - old (B, D) as pair `age`; the products (B, used) of v and of that pair with all."""
-    slot, used = age % history.shape[1], min(age + 1, history.shape[1])
-    stored = (new.to(v.dtype) - old.to(v.dtype)).to(history.dtype)
-    if recorded(history, stored):
-        history = history.index_copy(1, torch.tensor([slot], device=history.device), stored.unsqueeze(1))
-    else:
-        history[:, slot] = stored
-    return history, *both_dots(history[:, :used], v, stored.to(v.dtype))
+    history = store_difference(history, age, new, old)
+    return history, *both_dots(in_use(history, age + 1), v, newest(history, age).to(v.dtype))

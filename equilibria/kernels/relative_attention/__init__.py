@@ -29,15 +29,16 @@ def relative_attention(
 ) -> Tensor:
     """(softmax(content_query . keys + shift(position_query . positions) + mask) * dropout_mask) . values
 
-    Query i stands at column M + i of K = M + L keys and sees none after it. Derivatives of the first order come from
-    kernels of their own; higher ones, forward mode and torch.func transforms from the reference.
+    Query i stands at column M + i of K = M + L keys and sees none after it. The heads come first, so that a product over
+    positions, which all samples share, is one matrix product per head. Differentiable any number of times, in reverse and
+    forward mode, and under vmap: where kernels run, they give the derivatives of the first order, and PyTorch all others.
 
     Args:
-        content_query: (H, B, L, e).
-        position_query: (H, B, L, e).
+        content_query: (H, B, L, e), (q + b_w) / sqrt(e); contiguous, to avoid a copy.
+        position_query: (H, B, L, e), (q + b_r) / sqrt(e); contiguous, to avoid a copy.
         keys: (H, B, K, e), K >= L.
         values: (H, B, K, e).
-        positions: (H, e, K + 1), for the distances K, K - 1, ..., 0.
+        positions: (H, e, K + 1), projected positions of the distances K, K - 1, ..., 0.
         mask: (L, K + 1) or (B, L, K + 1), added to the products of position queries and positions before they are shifted:
             0 or -inf, the latter for every key after the query. None where nothing is hidden, which takes L = 1.
         dropout_mask: (B, H, L, K) on the attention weights, or None.

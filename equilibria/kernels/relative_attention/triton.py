@@ -5,6 +5,8 @@ matrix product with the band, of which each row is then read one column further 
 The backward pass computes the scores again: once per tile of queries, of keys and, where asked for, of distances.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# (what a kernel calls is compiled by Triton; to the type checker it never returns)
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -85,6 +87,25 @@ def _launch(kernel: Any, rows: int, tensors: Sequence[Tensor], sizes: tuple[int,
 
 
 @triton.jit
+def _parts(pair, positions, dropout_mask, heads, batch, length, columns, width):
+    """Of pair head · B + sample: the sample, the positions of its head, and its dropout mask."""
+    head, sample = pair // batch, pair % batch
+    return sample, positions + head * width * (columns + 1), dropout_mask + (sample * heads + head) * length * columns
+
+
+@triton.jit
+def _queries(content_query, position_query, grad, total, mean, pair, row, length, width, WIDTH: tl.constexpr):
+    """What the backward pass needs of the queries in rows (n,) of a pair."""
+    start = pair * length * width
+    content = _rows(content_query + start, row, length, width, WIDTH)
+    position = _rows(position_query + start, row, length, width, WIDTH)
+    upper = _rows(grad + start, row, length, width, WIDTH)
+    row_total = tl.load(total + pair * length + row, mask=row < length, other=0.0)
+    row_mean = tl.load(mean + pair * length + row, mask=row < length, other=0.0)
+    return content, position, upper, row_total, row_mean
+
+
+@triton.jit
 def _rows(matrix, row, rows, width, WIDTH: tl.constexpr):
     """(n, WIDTH) rows (n,) of a matrix (rows, width), 0 outside of it."""
     e = tl.arange(0, WIDTH)
@@ -148,16 +169,31 @@ def _weights_gradient(
 
 
 @triton.jit
+def _scores_gradient(
+    content, position, key, value, positions, upper, total, mean, mask, dropout_mask,
+    sample, start_i, start_j, length, columns, width,
+    MASK: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of queries and keys: the weights after dropout, the gradient of the scores, and the band of positions."""
+    scores, band = _scores(
+        content, position, key, positions, start_i, start_j, length, columns, width, BLOCK, WIDTH, PRECISION
+    )
+    i, j = (start_i + tl.arange(0, BLOCK))[:, None], (start_j + tl.arange(0, BLOCK))[None, :]
+    scores = _hide(scores, i, j, mask, sample, length, columns, MASK)
+    grad_weights = tl.dot(upper, tl.trans(value), input_precision=PRECISION)
+    dropped, slope = _weights_gradient(scores, total, mean, grad_weights, i, j, dropout_mask, length, columns, DROP)
+    return dropped, slope, band
+
+
+@triton.jit
 def _forward(
     content_query, position_query, keys, values, positions, mask, dropout_mask, output, total,
     heads, batch, length, columns, width,
     MASK: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.program_id(1).to(tl.int64)  # head times B + sample
-    head, sample = pair // batch, pair % batch
+    pair = tl.program_id(1).to(tl.int64)
+    sample, positions, dropout_mask = _parts(pair, positions, dropout_mask, heads, batch, length, columns, width)
     queries, rows = pair * length * width, pair * columns * width
-    positions += head * width * (columns + 1)
-    dropout_mask += (sample * heads + head) * length * columns
     start_i = tl.program_id(0) * BLOCK
     row = start_i + tl.arange(0, BLOCK)
     content = _rows(content_query + queries, row, length, width, WIDTH)
@@ -194,30 +230,23 @@ def _backward_queries(
     MASK: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(1).to(tl.int64)
-    head, sample = pair // batch, pair % batch
+    sample, positions, dropout_mask = _parts(pair, positions, dropout_mask, heads, batch, length, columns, width)
     queries, rows = pair * length * width, pair * columns * width
-    positions += head * width * (columns + 1)
-    dropout_mask += (sample * heads + head) * length * columns
     start_i = tl.program_id(0) * BLOCK
     row = start_i + tl.arange(0, BLOCK)
-    content = _rows(content_query + queries, row, length, width, WIDTH)
-    position = _rows(position_query + queries, row, length, width, WIDTH)
-    upper = _rows(grad + queries, row, length, width, WIDTH)
-    row_total = tl.load(total + pair * length + row, mask=row < length, other=0.0)
-    row_mean = tl.load(mean + pair * length + row, mask=row < length, other=0.0)
+    content, position, upper, row_total, row_mean = _queries(
+        content_query, position_query, grad, total, mean, pair, row, length, width, WIDTH
+    )
     sum_content = tl.zeros((BLOCK, WIDTH), dtype=total.dtype.element_ty)
     sum_position = tl.zeros((BLOCK, WIDTH), dtype=total.dtype.element_ty)
     for start_j in range(0, tl.minimum(columns, columns - length + start_i + BLOCK), BLOCK):
         column = start_j + tl.arange(0, BLOCK)
         key = _rows(keys + rows, column, columns, width, WIDTH)
         value = _rows(values + rows, column, columns, width, WIDTH)
-        scores, band = _scores(
-            content, position, key, positions, start_i, start_j, length, columns, width, BLOCK, WIDTH, PRECISION
-        )
-        i, j = row[:, None], column[None, :]
-        scores = _hide(scores, i, j, mask, sample, length, columns, MASK)
-        grad_weights = tl.dot(upper, tl.trans(value), input_precision=PRECISION)
-        _, slope = _weights_gradient(scores, row_total, row_mean, grad_weights, i, j, dropout_mask, length, columns, DROP)
+        _, slope, band = _scores_gradient(
+            content, position, key, value, positions, upper, row_total, row_mean, mask, dropout_mask,
+            sample, start_i, start_j, length, columns, width, MASK, DROP, BLOCK, WIDTH, PRECISION,
+        )  # fmt: skip
         slope = slope.to(key.dtype)
         sum_content += tl.dot(slope, key, input_precision=PRECISION)
         # Back to the columns of the band, from which `_scores` gathered them.
@@ -237,10 +266,8 @@ def _backward_keys(
     MASK: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(1).to(tl.int64)
-    head, sample = pair // batch, pair % batch
-    queries, rows = pair * length * width, pair * columns * width
-    positions += head * width * (columns + 1)
-    dropout_mask += (sample * heads + head) * length * columns
+    sample, positions, dropout_mask = _parts(pair, positions, dropout_mask, heads, batch, length, columns, width)
+    rows = pair * columns * width
     start_j = tl.program_id(0) * BLOCK
     column = start_j + tl.arange(0, BLOCK)
     key = _rows(keys + rows, column, columns, width, WIDTH)
@@ -250,20 +277,13 @@ def _backward_keys(
     first = tl.maximum(start_j - (columns - length), 0)  # the first query that sees one of these keys
     for start_i in range(first // BLOCK * BLOCK, length, BLOCK):
         row = start_i + tl.arange(0, BLOCK)
-        content = _rows(content_query + queries, row, length, width, WIDTH)
-        position = _rows(position_query + queries, row, length, width, WIDTH)
-        upper = _rows(grad + queries, row, length, width, WIDTH)
-        row_total = tl.load(total + pair * length + row, mask=row < length, other=0.0)
-        row_mean = tl.load(mean + pair * length + row, mask=row < length, other=0.0)
-        scores, _ = _scores(
-            content, position, key, positions, start_i, start_j, length, columns, width, BLOCK, WIDTH, PRECISION
+        content, position, upper, row_total, row_mean = _queries(
+            content_query, position_query, grad, total, mean, pair, row, length, width, WIDTH
         )
-        i, j = row[:, None], column[None, :]
-        scores = _hide(scores, i, j, mask, sample, length, columns, MASK)
-        grad_weights = tl.dot(upper, tl.trans(value), input_precision=PRECISION)
-        dropped, slope = _weights_gradient(
-            scores, row_total, row_mean, grad_weights, i, j, dropout_mask, length, columns, DROP
-        )
+        dropped, slope, _ = _scores_gradient(
+            content, position, key, value, positions, upper, row_total, row_mean, mask, dropout_mask,
+            sample, start_i, start_j, length, columns, width, MASK, DROP, BLOCK, WIDTH, PRECISION,
+        )  # fmt: skip
         sum_keys += tl.dot(tl.trans(slope.to(content.dtype)), content, input_precision=PRECISION)
         sum_values += tl.dot(tl.trans(dropped.to(upper.dtype)), upper, input_precision=PRECISION)
     _put(grad_keys + rows, sum_keys, column, columns, width, WIDTH)
@@ -278,10 +298,8 @@ def _backward_positions(
 ):  # fmt: skip
     """Tiles of queries and distances: here the keys are a band, and the content term is what has to be gathered."""
     pair = tl.program_id(1).to(tl.int64)
-    head, sample = pair // batch, pair % batch
-    queries, rows = pair * length * width, pair * columns * width
-    positions += head * width * (columns + 1)
-    dropout_mask += (sample * heads + head) * length * columns
+    sample, positions, dropout_mask = _parts(pair, positions, dropout_mask, heads, batch, length, columns, width)
+    rows = pair * columns * width
     start_c = tl.program_id(0) * BLOCK
     m, n = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     distance = start_c + tl.arange(0, BLOCK)
@@ -290,11 +308,9 @@ def _backward_positions(
     first = tl.maximum(length - start_c - BLOCK + 1, 0)  # the first query with a key at one of these distances
     for start_i in range(first // BLOCK * BLOCK, length, BLOCK):
         row = start_i + tl.arange(0, BLOCK)
-        content = _rows(content_query + queries, row, length, width, WIDTH)
-        position = _rows(position_query + queries, row, length, width, WIDTH)
-        upper = _rows(grad + queries, row, length, width, WIDTH)
-        row_total = tl.load(total + pair * length + row, mask=row < length, other=0.0)
-        row_mean = tl.load(mean + pair * length + row, mask=row < length, other=0.0)
+        content, position, upper, row_total, row_mean = _queries(
+            content_query, position_query, grad, total, mean, pair, row, length, width, WIDTH
+        )
         # Query i meets column c at key c - L + i.
         column = start_c - length + start_i + tl.arange(0, 2 * BLOCK)
         key = _rows(keys + rows, column, columns, width, WIDTH)
