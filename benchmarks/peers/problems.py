@@ -89,9 +89,9 @@ def tanh(size: int, batch: int, norm: float, *, orthogonal: bool = False, uneven
 
 
 def transformer(
-    name: str, d_model: int, batch: int, length: int, memory: int = 0, std: float | None = 0.02, budget: int = 300
+    name: str, d_model: int, batch: int, length: int, memory: int = 0, std: float | None = 0.02, injection: float = 1.0
 ) -> Problem:
-    """The block of the DEQ-Transformer with 4 heads, weights N(0, std²) or as nn.Linear draws them, injection N(0, 1)."""
+    """The block of the DEQ-Transformer with 4 heads, weights N(0, std²) or as nn.Linear draws them."""
     torch.manual_seed(0)
     block = TransformerBlock(d_model, 4, 4 * d_model, init_std=std or 0.02)
     for layer in block.modules():
@@ -99,7 +99,7 @@ def transformer(
             layer.reset_parameters()
     past = Memory(torch.randn(batch, memory, d_model), torch.randn(batch, memory, 3 * d_model)) if memory else None
     with torch.no_grad():
-        injected, kept, weights, positions, _, _ = block.prepare(torch.randn(batch, length, 3 * d_model), past)
+        injected, kept, weights, positions, _, _ = block.prepare(injection * torch.randn(batch, length, 3 * d_model), past)
     assert positions.mask is not None
     leaves = {"injection": injected, **kept._asdict(), **weights._asdict(), **positions._asdict()}
     dims = (0, 1, 1, *(None for _ in (*weights, *positions)))
@@ -112,7 +112,7 @@ def transformer(
 
     return Problem(
         name=name, shape=(batch, length, d_model), leaves={key: leaf.detach().numpy() for key, leaf in leaves.items()},
-        budget=budget, prepare=lambda *leaves: leaves, batch_dims=dims, torch_map=torch_map, jax_map=_block_jax,
+        budget=300, prepare=lambda *leaves: leaves, batch_dims=dims, torch_map=torch_map, jax_map=_block_jax,
     )  # fmt: skip
 
 
@@ -148,8 +148,8 @@ SUITE: dict[str, Callable[[], Problem]] = {
     },
     **{f"orthogonal-{size}": lambda size=size: tanh(size, 32, 1.2, orthogonal=True) for size in (64, 1024)},
     "uneven": lambda: tanh(256, 256, 0.95, orthogonal=True, uneven=True),
-    "lm-128": lambda: transformer("LM block, d_model 128, memory 64, batch 16", 128, 16, 64, 64),
-    "lm-512": lambda: transformer("LM block, d_model 512, memory 150, batch 8", 512, 8, 64, 150, budget=100),
+    "lm-128": lambda: transformer("LM block, d_model 128, memory 64, batch 16", 128, 16, 64, 64, injection=4.0),
+    "lm-512": lambda: transformer("LM block, d_model 512, memory 150, batch 8", 512, 8, 64, 150, injection=4.0),
     "block-default": lambda: transformer("block, weights as nn.Linear draws them", 128, 16, 64, std=None),
     "block-0.02": lambda: transformer("block, weights N(0, 0.02²)", 128, 16, 64),
     "block-0.05": lambda: transformer("block, weights N(0, 0.05²)", 128, 16, 64, std=0.05),

@@ -88,6 +88,8 @@ def _ours_as_one_graph(solver: Any, problem: Problem, scale: Scale) -> Bound:
 OURS = {
     "Anderson()": Anderson(),
     "Anderson(history=5)": Anderson(history=5),
+    "Anderson(history=250)": Anderson(history=250),
+    "Anderson(type=2, history=10)": Anderson(type=2, history=10),
     "Broyden()": Broyden(),
     "Broyden(history=20)": Broyden(history=20),
     "Picard()": Picard(),
