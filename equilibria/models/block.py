@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equilibria.nn import parametrizations
-from equilibria.nn.affine import affine
+from equilibria.nn.affine import affine, affine_relu
 from equilibria.nn.dropout import FrozenDropout
 from equilibria.nn.relative_attention import (
     relative_attention,
@@ -295,7 +295,7 @@ class TransformerBlock(nn.Module):
         normed = self._norm(z) if self.pre_norm else z
         attended = self._attend(normed, injection, past, weights, positions, masks.weights)
         state = self._norm(z + drop(attended, masks.attention))
-        hidden = drop(affine(state, weights.ff_in, weights.ff_in_bias).relu_(), masks.hidden)
+        hidden = drop(affine_relu(state, weights.ff_in, weights.ff_in_bias), masks.hidden)
         output = state + drop(affine(hidden, weights.ff_out, weights.ff_out_bias), masks.output)
         return output if self.pre_norm else self._norm(output)
 

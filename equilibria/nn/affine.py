@@ -39,6 +39,19 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.unflatten(0, x.shape[:-1])  # type: ignore[union-attr]
 
 
+def affine_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """max(x Wᵀ + b, 0), (..., k) -> (..., n), with weight (n, k) and bias (n,).
+
+    >>> affine_relu(torch.ones(2, 3), torch.ones(2, 3), torch.tensor([4.0, -4.0]))[0]
+    tensor([7., 0.])
+    """
+    if not _suits(x, weight):
+        return F.linear(x, weight, bias).relu_()
+    rows = x.flatten(0, -2)
+    y = _AffineRelu.apply(rows, weight, bias) if torch.is_grad_enabled() else _product(rows, weight, bias, "relu")
+    return y.unflatten(0, x.shape[:-1])  # type: ignore[union-attr]
+
+
 def _suits(x: Tensor, weight: Tensor) -> bool:
     return (
         _has_wide_products()
@@ -60,11 +73,11 @@ def _has_wide_products() -> bool:
     return wide and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
     multiply: Any = torch.ops.mkldnn._linear_pointwise
     if bias is not None and bias.dim() == 2:
         return multiply.binary(x, bias, weight, None, "add")
-    return multiply.default(x, weight, bias, "none", [], "")
+    return multiply.default(x, weight, bias, then, [], "")
 
 
 class _Affine(torch.autograd.Function):
@@ -78,20 +91,42 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _pulled(ctx, *ctx.saved_tensors, *gradients)
+
+
+class _AffineRelu(torch.autograd.Function):
+    """The same with a relu after it and a bias (n,), without another pass over the result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = _product(x, weight, bias, "relu")
+        ctx.save_for_backward(x, weight, y)
+        ctx.shared_bias = True
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = gradients
-        x, weight = ctx.saved_tensors
-        wants = [_asked_for(ctx, i) for i in range(3)]
+        x, weight, y = ctx.saved_tensors
+        return _pulled(ctx, x, weight, g, y)
 
-        def pull(g: Tensor) -> list[Tensor]:
-            parts = (
-                lambda: affine(g, weight.t()),
-                lambda: affine(g.t(), x.t()),
-                lambda: g.sum(0) if ctx.shared_bias else g,
-            )
-            return [part() for part, want in zip(parts, wants, strict=True) if want]
 
-        found = iter(through_old_vmap(pull, g))
-        return tuple(next(found) if want else None for want in wants)
+def _pulled(ctx: Any, x: Tensor, weight: Tensor, g: Tensor, relu: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight and bias, as far as they are asked for; `relu` is the result where a relu made it."""
+    wants = [_asked_for(ctx, i) for i in range(3)]
+
+    def pull(g: Tensor) -> list[Tensor]:
+        if relu is not None:
+            g = torch.ops.aten.threshold_backward(g, relu, 0)
+        parts = (
+            lambda: affine(g, weight.t()),
+            lambda: affine(g.t(), x.t()),
+            lambda: g.sum(0) if ctx.shared_bias else g,
+        )
+        return [part() for part, want in zip(parts, wants, strict=True) if want]
+
+    found = iter(through_old_vmap(pull, g))
+    return tuple(next(found) if want else None for want in wants)
 
 
 def _asked_for(ctx: Any, i: int) -> bool:

@@ -1,10 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equilibria.nn import affine as module
-from equilibria.nn.affine import affine
+from equilibria.nn.affine import affine, affine_relu
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # forward mode
 wide = pytest.mark.skipif(not module._has_wide_products(), reason="this machine's products are PyTorch's own")
@@ -21,9 +23,9 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     made: list[tuple[int, ...]] = []
     usual = module._product
 
-    def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
         made.append((*x.shape, len(weight)))
-        return usual(x, weight, bias)
+        return usual(x, weight, bias, then)
 
     monkeypatch.setattr(module, "_product", product)
     return made
@@ -40,17 +42,24 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight) if bias is None else F.linear(x, weight) + bias
 
 
-@pytest.mark.parametrize("bias", ["none", "row", "full"])
-def test_values_and_derivatives_are_those_of_a_linear_map(bias: str) -> None:
+def plain_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(x, weight, bias).relu()
+
+
+@pytest.mark.parametrize(
+    ("ours", "usual", "bias"),
+    [(affine, plain, "none"), (affine, plain, "row"), (affine, plain, "full"), (affine_relu, plain_relu, "row")],
+)
+def test_values_and_derivatives_are_those_of_a_linear_map(ours: Any, usual: Any, bias: str) -> None:
     args = tensors(bias)
     found, expected = [], []
-    for f, kept in ((affine, found), (plain, expected)):
+    for f, kept in ((ours, found), (usual, expected)):
         y = f(*args)
         first = torch.autograd.grad(y.square().sum(), args, create_graph=True)
         second = torch.autograd.grad(torch.cat([t.flatten() for t in first]).square().sum(), args)
         kept += [y, *first, *second]
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
 
 
 @wide
@@ -90,3 +99,14 @@ def test_a_batch_of_gradients_at_once() -> None:
     many = torch.randn(4, *y.shape)
     found = torch.autograd.grad(y, x, many, is_grads_batched=True)[0]
     torch.testing.assert_close(found, many @ weight)
+    y = affine_relu(x, weight, bias)
+    found = torch.autograd.grad(y, x, many, is_grads_batched=True)[0]
+    torch.testing.assert_close(found, (many * (y > 0)) @ weight)
+
+
+@wide
+def test_a_relu_is_part_of_the_product(products: list[tuple[int, ...]]) -> None:
+    x, weight, bias = tensors("row")
+    with torch.no_grad():
+        torch.testing.assert_close(affine_relu(x, weight, bias), F.linear(x, weight, bias).relu(), rtol=1e-5, atol=1e-5)
+    assert products == [(10, 7, 3)]
