@@ -102,7 +102,9 @@ def _backward(
     """
     chosen = torch.linalg.vecdot(hidden, weight[ids]) + bias[ids]
     log_sum = (loss + chosen) * _LOG2_E
-    of_hidden, of_weight, of_bias = torch.zeros_like(hidden), torch.empty_like(weight), torch.empty_like(bias)
+    # Of hidden the transpose: Wᵀ E takes a CPU three quarters of the time of Eᵀ W, where E would be turned round.
+    of_hidden = torch.zeros_like(hidden.t(), memory_format=torch.contiguous_format)
+    of_weight, of_bias = torch.empty_like(weight), torch.empty_like(bias)
     exponent, weighted = hidden * _LOG2_E, hidden * g.unsqueeze(1)
     count = max(1, LOGITS // len(hidden))
     for first in range(0, len(weight), count):
@@ -114,5 +116,5 @@ def _backward(
         error[ids[here] - first, here] -= 1.0
         torch.mv(error, g, out=of_bias[words])
         of_weight[words] = affine(error, weighted.t())
-        of_hidden = affine(error.t(), weight[words].t(), of_hidden)
-    return of_hidden * g.unsqueeze(1), of_weight, of_bias
+        of_hidden = affine(weight[words].t(), error.t(), of_hidden)
+    return (of_hidden * g).t().contiguous(), of_weight, of_bias
