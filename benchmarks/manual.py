@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import step_tables
 from growth_tables import generation, growth
 from peers import tables as peers
 from report import load, table, where
@@ -83,6 +84,9 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "counts": peers.counts,
         "gradients": peers.gradients,
         "overhead": peers.overhead,
+        "steps": step_tables.steps,
+        "twins": step_tables.twins,
+        "peaks": step_tables.peaks,
     },
 }
 
