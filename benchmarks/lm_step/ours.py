@@ -24,6 +24,7 @@ SOLVERS: dict[str, Callable[[], Solver[Any]]] = {
     "broyden": Broyden,
     "picard": Picard,
     "gmres": GMRES,
+    "gmres, restart 8": lambda: GMRES(restart=8),
 }
 
 
