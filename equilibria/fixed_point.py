@@ -55,9 +55,10 @@ def fixed_point(
     Under torch.compile:
         A compiled f, torch.compile(f) or block.compile(), serves like any other, with all derivatives; those of second
         order and torch.func transforms run it uncompiled. A whole solve becomes one graph, fullgraph=True included, if
-        it needs no gradient and its solver is Picard, ReversiblePicard, Anderson, or Broyden without line search; in the
-        graph f is not checked, the batch stays whole, and raise_nonfinite is not heeded: look at the status. Other
-        solves leave the graph and run eagerly.
+        its solver is Picard, ReversiblePicard, Anderson, or Broyden without line search, and, where it needs a gradient,
+        its adjoint is Implicit with such a solver. In the graph f is not checked for random numbers, the batch stays
+        whole, raise_nonfinite is not heeded (look at the status), and stats.backward stays empty. Other solves leave the
+        graph and run eagerly.
 
     Source: Bai, Kolter and Koltun 2019, "Deep equilibrium models", section 3.1.
 
@@ -80,7 +81,7 @@ def fixed_point(
     if torch.compiler.is_compiling():
         from equilibria.graph import solve_in_graph
 
-        return solve_in_graph(f, z0, args, solver, stopping, eager)
+        return solve_in_graph(f, z0, args, solver, stopping, adjoint, eager)
     return eager()
 
 

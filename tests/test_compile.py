@@ -14,6 +14,7 @@ from problems import normal, orthogonal
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
+from torch._functorch import config
 from torch.utils._pytree import tree_leaves
 
 from equilibria import (
@@ -41,6 +42,7 @@ from equilibria.solvers import Solver
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:`torch._prims_common.check`:FutureWarning"),
 ]
 needs_compiler = pytest.mark.skipif(
@@ -93,6 +95,10 @@ class Cell(nn.Module):
 
     def update(self, z: Tensor, u: Tensor) -> Tensor:
         return self(z, u)
+
+
+ADJOINT = Implicit(solver=Anderson(), stopping=STOPPING)
+"""With a backward solve that a graph can hold."""
 
 
 def graphs() -> int:
@@ -375,11 +381,24 @@ class TestWholeSolve:
 
     def test_gradients_are_refused_with_the_remedy(self) -> None:
         z0, W, x = problem()
-        passed, owned = (lambda x: fixed_point(tanh_map, z0, W, x)), DEQ(Cell())
-        used = lambda x: fixed_point(lambda z: tanh_map(z, W, x), z0)  # noqa: E731
-        for solve, inputs in ((passed, x), (used, x), (owned, torch.randn(3, 4).double())):
-            with pytest.raises(Unsupported, match="gradients through a solve cannot be traced: compile the map alone"):
+        passed, owned = (lambda x: fixed_point(tanh_map, z0, W, x)), DEQ(Cell(), adjoint=Phantom())
+        for solve, inputs in ((passed, x), (owned, torch.randn(3, 4).double())):
+            with pytest.raises(
+                Unsupported, match=r"with adjoint=Implicit\(solver=\.\.\.\) alone, its solver one of Picard"
+            ):
                 torch.compile(solve, fullgraph=True, backend="eager")(inputs)
+
+    def test_a_gradient_that_would_be_lost_is_refused(self) -> None:
+        z0, W, x = problem()
+
+        def solve(x: Tensor) -> Tensor:
+            return fixed_point(lambda z, x: tanh_map(z, W, x), z0, x, adjoint=ADJOINT).z
+
+        leaf = x.clone().requires_grad_()
+        with pytest.raises(Unsupported, match="f uses a tensor that requires grad but is not passed"):
+            torch.compile(solve, fullgraph=True, backend="eager")(leaf)
+        with pytest.raises(UndeclaredTensorError, match="`W` of shape"):
+            torch.compile(solve, backend="eager")(leaf)
 
     def test_solvers_that_look_at_values_are_refused_with_the_remedy(self) -> None:
         x = torch.ones(2, 3)
@@ -408,3 +427,125 @@ class TestWholeSolve:
         seen = graphs()
         compiled(x + 1)
         assert graphs() == seen
+
+
+class TestWholeGradient:
+    """Solve and backward solve, both as loops of a graph."""
+
+    @pytest.mark.parametrize(
+        "solver", [Picard(), ReversiblePicard(damping=0.9), Anderson(), Broyden(), Broyden(history=1)], ids=repr
+    )
+    def test_is_the_eager_gradient(self, solver: Solver[Any]) -> None:
+        z0, W, x = problem()
+        c = x.clone().requires_grad_()
+        stopping = Stopping(rtol=1e-9, max_evals=200)
+        adjoint = Implicit(solver=solver, stopping=stopping)
+
+        def loss(W: Tensor, c: Tensor) -> tuple[Tensor, Any]:
+            z, stats = fixed_point(tanh_map, z0, W, 2 * c, solver=solver, stopping=stopping, adjoint=adjoint)
+            return z.square().sum(), stats
+
+        found = []
+        for f in (torch.compile(loss, fullgraph=True, backend="aot_eager"), loss):
+            value, stats = f(W, c)
+            assert bool(stats.converged.all())
+            assert not stats.residual.requires_grad
+            found.append([value, *torch.autograd.grad(value, (W, c)), stats.steps])
+        torch.testing.assert_close(*found)
+        assert graphs() == 1
+
+    def test_of_an_arg_that_is_a_structure_with_constants(self) -> None:
+        z0, W, x = problem()
+
+        def loss(W: Tensor) -> Tensor:
+            return fixed_point(
+                lambda z, a, k: tanh_map(z, k * a["W"], a["x"]), z0, {"W": W, "x": x}, 0.5, adjoint=ADJOINT
+            ).z.sum()
+
+        got, want = (
+            torch.autograd.grad(f(W), W)[0] for f in (torch.compile(loss, fullgraph=True, backend="aot_eager"), loss)
+        )
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_of_the_parameters_of_a_module(self, tied: bool) -> None:
+        cell, x = Cell(), torch.randn(3, 4, dtype=torch.float64)
+        if tied:
+            cell.second = cell.inner  # a module with two names, and a weight in two places
+            cell.third = nn.Linear(6, 6, bias=False).double()
+            cell.third.weight = cell.inner.weight
+        deq = DEQ(cell, stopping=STOPPING, adjoint=ADJOINT)
+        step = lambda x: deq(x).z.square().sum()  # noqa: E731
+        got, want = (
+            torch.autograd.grad(f(x), list(cell.parameters()))
+            for f in (torch.compile(step, fullgraph=True, backend="aot_eager"), step)
+        )
+        torch.testing.assert_close(got, want)
+        assert graphs() == 1
+
+    @pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+    def test_evaluates_the_map_under_autocast_in_both_directions(self) -> None:
+        deq = DEQ(Cell().float(), adjoint=Implicit(solver=Picard(), stopping=Stopping(rtol=1e-2)))
+        x, parameters = torch.randn(3, 4), list(deq.parameters())
+
+        def step(x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return deq(x).z.square().sum()
+
+        got, want = (
+            torch.autograd.grad(f(x), parameters) for f in (torch.compile(step, fullgraph=True, backend="aot_eager"), step)
+        )
+        assert [g.dtype for g in got] == [torch.float32] * len(got)
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
+
+    @needs_compiler
+    @pytest.mark.parametrize("options", [{}, {"cpp_wrapper": True}], ids=str)
+    @pytest.mark.parametrize("solver", [Picard(), Broyden()], ids=repr)
+    def test_runs_as_machine_code(self, solver: Solver[Any], options: dict[str, Any]) -> None:
+        """With activations of its own in the same graph, which a backward pass may overwrite once it needs them no more."""
+        z0, W, x = (t.float() for t in problem(8))
+        W, weights = W.detach().requires_grad_(), torch.randn(8, 6)
+        adjoint = Implicit(solver=solver, stopping=Stopping(rtol=1e-5))
+
+        def loss(W: Tensor, x: Tensor) -> Tensor:
+            z = fixed_point(
+                tanh_map, z0, W, torch.sin(W.sum() + x), solver=solver, stopping=Stopping(rtol=1e-5), adjoint=adjoint
+            ).z
+            return (weights * torch.exp(torch.sin(z))).sum()
+
+        got, want = (
+            torch.autograd.grad(f(W, x), W)[0] for f in (torch.compile(loss, fullgraph=True, options=options), loss)
+        )
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+    def test_leaves_the_compiler_as_it_was(self) -> None:
+        z0, W, x = problem()
+        options: Any = config
+        seen: list[bool] = []
+
+        def backend(graph: Any, inputs: Any) -> Any:
+            seen.append(options.donated_buffer)
+            return graph
+
+        def loss(W: Tensor) -> Tensor:
+            first = fixed_point(tanh_map, z0, W, x, adjoint=ADJOINT).z
+            return fixed_point(tanh_map, first, W, x, adjoint=ADJOINT).z.sum()
+
+        torch.compile(loss, fullgraph=True, backend=backend)(W)
+        assert seen == [False]
+        assert options.donated_buffer
+        with options.patch(donated_buffer=False):
+            torch.compile(lambda W: loss(W), fullgraph=True, backend=backend)(W)
+            assert not options.donated_buffer
+        torch.compile(lambda W: W.sin(), backend=backend)(W)
+        assert seen == [False, False, True]
+
+    def test_has_no_second_derivative_and_says_so(self) -> None:
+        z0, W, x = problem()
+
+        def loss(W: Tensor) -> Tensor:
+            return fixed_point(tanh_map, z0, W, x, adjoint=ADJOINT).z.sum()
+
+        (first,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(W), W, create_graph=True)
+        with pytest.raises(RuntimeError, match="does not currently support double backward"):
+            first.sum().backward()

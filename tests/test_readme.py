@@ -15,6 +15,7 @@ EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=name)
 
 
 # PyTorch's own, where it compiles.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`torch._prims_common.check`:FutureWarning")

@@ -16,7 +16,7 @@ from equilibria import Anderson, Broyden, Implicit, Picard, Stopping, fixed_poin
 from peers.check import Found
 from peers.contender import Bound, Contender, Scale
 from peers.problems import Problem
-from peers.torch_solvers import Counted, map_of
+from peers.torch_solvers import AS_ONE_GRAPH, Counted, map_of, one_graph
 
 CONSTANT = ("mask",)
 """Leaves without a gradient."""
@@ -67,7 +67,7 @@ def exact(problem: Problem) -> list[np.ndarray]:
     return [g.numpy() for g in gradients]
 
 
-def _found(z: Tensor, gradients: Sequence[Tensor], forward: int, backward: int, budget: int) -> Found:
+def _found(z: Tensor, gradients: Sequence[Tensor], forward: int, backward: int | None, budget: int) -> Found:
     return Found(
         z=z.detach().numpy(), gradients=tuple(g.numpy() for g in gradients), evaluations=forward, products=backward,
         exhausted=forward >= budget,
@@ -98,6 +98,34 @@ def _ours(solver: Any, backward: Any, compiled: bool, problem: Problem, scale: S
     return Bound(solve=solve, timed=made, base=lambda rtol: rtol)
 
 
+def _ours_as_one_graph(solver: Any, problem: Problem, scale: Scale) -> Bound:
+    z0, steps = torch.zeros(problem.shape), []
+
+    @cache
+    def made(tolerance: float, budget: int) -> Callable[[], tuple[Tensor, tuple[Tensor, ...]]]:
+        there = Stopping(rtol=tolerance, atol=0.0, max_evals=budget)
+        back = Implicit(solver=solver, stopping=Stopping(rtol=tolerance, max_evals=BACKWARD))
+
+        def whole(z0: Tensor, *args: Tensor) -> tuple[Tensor, Tensor]:
+            z, stats = fixed_point(problem.torch_map, z0, *args, solver=solver, stopping=there, adjoint=back)
+            return z, stats.steps
+
+        graph = one_graph(whole)
+
+        def solve(args: tuple[Tensor, ...]) -> Tensor:
+            z, taken = graph(z0, *args)
+            steps[:] = [taken]
+            return z
+
+        return Taped(problem)(solve)
+
+    def solve(tolerance: float, budget: int) -> Found:
+        z, gradients = made(tolerance, budget)()
+        return _found(z, gradients, 1 + int(steps[0].max()), None, budget)
+
+    return Bound(solve=solve, timed=made, base=lambda rtol: rtol)
+
+
 def _torchdeq(solver: str, options: dict[str, Any], mode: str, compiled: bool, problem: Problem, scale: Scale) -> Bound:
     get_deq: Any = importlib.import_module("torchdeq").get_deq
     plain, z0 = map_of(problem, compiled), torch.zeros(problem.shape)
@@ -124,7 +152,12 @@ def _torchdeq(solver: str, options: dict[str, Any], mode: str, compiled: bool, p
 
 
 def in_torch(compiled_too: Callable[[Problem], bool]) -> list[Contender]:
-    found = []
+    found = [
+        Contender(
+            name=f"{name}, Implicit({name}), one graph", library="equilibria", bind=partial(_ours_as_one_graph, solver)
+        )
+        for name, solver in AS_ONE_GRAPH.items()
+    ]
     ours = {
         "Anderson(), Implicit()": (Anderson(), None),
         "Anderson(history=5), Implicit()": (Anderson(history=5), None),

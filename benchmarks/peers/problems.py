@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from equilibria.models.block import DropoutMasks, KeysValues, Memory, Positions, TransformerBlock, Weights
+from equilibria.nn.affine import affine
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -59,6 +60,11 @@ def _tanh_torch(z: Tensor, W: Tensor, c: Tensor) -> Tensor:
     return torch.tanh(torch.addmm(c, z, W.t()))
 
 
+def _tanh_torch_large(z: Tensor, W: Tensor, c: Tensor) -> Tensor:
+    """By oneDNN, which is twice as fast as MKL on processors of other makers than Intel."""
+    return torch.tanh(affine(z, W, c))
+
+
 def _tanh_jax(z: Any, W: Any, c: Any) -> Any:
     return importlib.import_module("jax.numpy").tanh(z @ W.T + c)
 
@@ -80,8 +86,8 @@ def tanh(size: int, batch: int, norm: float, *, orthogonal: bool = False, uneven
     return Problem(
         name="one hard sample among 255 easy ones, d 256" if uneven else name, shape=(batch, size),
         leaves={key: value.numpy() for key, value in (("W", W), ("U", U), ("b", b), ("x", x))}, budget=300,
-        prepare=_injected, batch_dims=(None, 0), torch_map=_tanh_torch, jax_map=_tanh_jax, numpy_map=_tanh_numpy,
-        small=size <= 64,
+        prepare=_injected, batch_dims=(None, 0), torch_map=_tanh_torch if size <= 64 else _tanh_torch_large,
+        jax_map=_tanh_jax, numpy_map=_tanh_numpy, small=size <= 64,
     )  # fmt: skip
 
 

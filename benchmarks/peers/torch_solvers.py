@@ -57,6 +57,12 @@ def _ours(solver: Any, compiled: bool, problem: Problem, scale: Scale) -> Bound:
     return Bound(solve=solve, timed=lambda tolerance, budget: partial(run, f, tolerance, budget), base=lambda rtol: rtol)
 
 
+def one_graph(solve: Callable[..., Any]) -> Callable[..., Any]:
+    """A solve compiled as one graph, with a cache of its own: else each call looks through those of all others."""
+    solve.__code__ = solve.__code__.replace()
+    return torch.compile(solve, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
+
+
 def _ours_as_one_graph(solver: Any, problem: Problem, scale: Scale) -> Bound:
     args, z0 = problem.torch_args(), torch.zeros(problem.shape)
 
@@ -68,8 +74,7 @@ def _ours_as_one_graph(solver: Any, problem: Problem, scale: Scale) -> Bound:
             z, stats = fixed_point(problem.torch_map, z0, *args, solver=solver, stopping=stopping)
             return z, stats.steps
 
-        whole.__code__ = whole.__code__.replace()  # else all of them share one cache, and each call looks through it
-        graph = torch.compile(whole, fullgraph=True, dynamic=False)
+        graph = one_graph(whole)
 
         @torch.no_grad()
         def run() -> tuple[Tensor, Tensor]:
@@ -114,12 +119,8 @@ def equilibria(compiled_too: Callable[[Problem], bool]) -> list[Contender]:
                 )
             )  # fmt: skip
     for name, solver in AS_ONE_GRAPH.items():
-        found.append(
-            Contender(
-                name=f"{name}, one graph", library="equilibria", bind=partial(_ours_as_one_graph, solver), exact=True,
-                fits=lambda problem: len(problem.shape) == 2,
-            )
-        )  # fmt: skip
+        bind = partial(_ours_as_one_graph, solver)
+        found.append(Contender(name=f"{name}, one graph", library="equilibria", bind=bind, exact=True))
     return found
 
 

@@ -1,19 +1,14 @@
-"""x Wᵀ + b by the fastest product that the machine has for float32.
-
-PyTorch multiplies float32 matrices on the CPU with MKL, which on processors of other makers than Intel leaves their
-512-bit instructions unused. oneDNN, which comes with PyTorch too, uses them: 245 against 115 GFLOP/s on one core of an AMD
-EPYC. PyTorch's own door to it, the operator that compiled graphs call for a linear map, has no derivatives; here it has.
-"""
+"""x Wᵀ + b by the fastest product that the machine has for float32: see `equilibria.nn.wide_product`."""
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from equilibria.nn.wide_product import WIDE, product
 from equilibria.transforms import reverse_alone, through_old_vmap
 
 SMALLEST = 2**22
@@ -35,8 +30,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.flatten(0, -2)
     if bias is not None and bias.dim() > 1:
         bias = bias.flatten(0, -2)
-    y = _Affine.apply(rows, weight, bias) if torch.is_grad_enabled() else _product(rows, weight, bias)
-    return y.unflatten(0, x.shape[:-1])  # type: ignore[union-attr]
+    return _multiplied(rows, weight, bias, "none").unflatten(0, x.shape[:-1])
 
 
 def affine_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -47,86 +41,68 @@ def affine_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     if not _suits(x, weight):
         return F.linear(x, weight, bias).relu_()
-    rows = x.flatten(0, -2)
-    y = _AffineRelu.apply(rows, weight, bias) if torch.is_grad_enabled() else _product(rows, weight, bias, "relu")
-    return y.unflatten(0, x.shape[:-1])  # type: ignore[union-attr]
+    return _multiplied(x.flatten(0, -2), weight, bias, "relu").unflatten(0, x.shape[:-1])
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
     return (
-        _has_wide_products()
+        WIDE
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and x.numel() * len(weight) >= SMALLEST
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and reverse_alone()
         and bool(torch.backends.mkldnn.enabled)
+        and _in_reverse_alone()
     )
 
 
-@cache
-def _has_wide_products() -> bool:
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return wide and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def _in_reverse_alone() -> bool:
+    if not torch.compiler.is_compiling():
+        return reverse_alone()
+    from equilibria.nn.affine_in_graph import suits
+
+    return suits()
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
-    multiply: Any = torch.ops.mkldnn._linear_pointwise
-    if bias is not None and bias.dim() == 2:
-        return multiply.binary(x, bias, weight, None, "add")
-    return multiply.default(x, weight, bias, then, [], "")
+def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, then: str) -> Tensor:
+    if torch.compiler.is_compiling():
+        from equilibria.nn.affine_in_graph import multiplied
+
+        return multiplied(x, weight, bias, then)
+    if torch.is_grad_enabled():
+        return _Affine.apply(x, weight, bias, then)  # type: ignore[return-value]
+    return product(x, weight, bias, then)
 
 
 class _Affine(torch.autograd.Function):
-    """(N, k), (n, k), and (n,), (N, n) or None -> (N, n). The backward pass is made of such products."""
+    """The backward pass is made of such products too, and a relu takes no further pass over the result."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, then: str) -> Tensor:
+        y = product(x, weight, bias, then)
+        ctx.save_for_backward(x, weight, *([y] if then == "relu" else []))
         ctx.shared_bias = bias is not None and bias.dim() == 1
-        return _product(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _pulled(ctx, *ctx.saved_tensors, *gradients)
-
-
-class _AffineRelu(torch.autograd.Function):
-    """The same with a relu after it and a bias (n,), without another pass over the result."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        y = _product(x, weight, bias, "relu")
-        ctx.save_for_backward(x, weight, y)
-        ctx.shared_bias = True
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = gradients
-        x, weight, y = ctx.saved_tensors
-        return _pulled(ctx, x, weight, g, y)
+        x, weight, *relu = ctx.saved_tensors
+        wants = [_asked_for(ctx, i) for i in range(3)]
 
+        def pull(g: Tensor) -> list[Tensor]:
+            if relu:
+                g = torch.ops.aten.threshold_backward(g, relu[0], 0)
+            parts = (
+                lambda: affine(g, weight.t()),
+                lambda: affine(g.t(), x.t()),
+                lambda: g.sum(0) if ctx.shared_bias else g,
+            )
+            return [part() for part, want in zip(parts, wants, strict=True) if want]
 
-def _pulled(ctx: Any, x: Tensor, weight: Tensor, g: Tensor, relu: Tensor | None = None) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weight and bias, as far as they are asked for; `relu` is the result where a relu made it."""
-    wants = [_asked_for(ctx, i) for i in range(3)]
-
-    def pull(g: Tensor) -> list[Tensor]:
-        if relu is not None:
-            g = torch.ops.aten.threshold_backward(g, relu, 0)
-        parts = (
-            lambda: affine(g, weight.t()),
-            lambda: affine(g.t(), x.t()),
-            lambda: g.sum(0) if ctx.shared_bias else g,
-        )
-        return [part() for part, want in zip(parts, wants, strict=True) if want]
-
-    found = iter(through_old_vmap(pull, g))
-    return tuple(next(found) if want else None for want in wants)
+        found = iter(through_old_vmap(pull, gradients[0]))
+        return (*(next(found) if want else None for want in wants), None)
 
 
 def _asked_for(ctx: Any, i: int) -> bool:

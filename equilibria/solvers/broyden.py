@@ -34,11 +34,11 @@ class BroydenState(State):
     """(B, m) 1 / ‖s‖₂, 0 for pairs that are not in use or forgotten."""
     rhs: Tensor
     """(B, used) s · g."""
-    best: Tensor
-    """(B,) the smallest ‖g‖₂ so far, where `divergence` is given."""
-    best_z: Tensor
+    best: Tensor | None
+    """(B,) the smallest ‖g‖₂ so far, if `divergence` is given."""
+    best_z: Tensor | None
     """(B, D) the z that has it."""
-    best_fz: Tensor
+    best_fz: Tensor | None
     """(B, D) f(best_z)."""
     age: int | Tensor
     """Pairs stored so far."""
@@ -102,9 +102,10 @@ class Broyden:
         g = difference(fz, z0)
         s, df = ring(g, self.history, self.storage), ring(g, self.history, self.storage)
         inverse = g.new_zeros(len(g), self.history)
+        best, best_z, best_fz = (None, None, None) if self.divergence is None else (l2(g.detach()), z0, fz)
         return BroydenState(
             z=z0, fz=fz, g=g, s=s, df=df, core=identities(g, self.history), inverse=inverse, rhs=torch.zeros_like(inverse),
-            best=l2(g.detach()), best_z=z0, best_fz=fz, age=0,
+            best=best, best_z=best_z, best_fz=best_fz, age=0,
         )  # fmt: skip
 
     def step(self, f: Map, state: BroydenState) -> BroydenState:
@@ -116,17 +117,18 @@ class Broyden:
 
     def _remember(self, state: BroydenState, z: Tensor, fz: Tensor, g: Tensor) -> BroydenState:
         age, lost = state.age, None
-        if self.divergence is not None:
+        best, best_z, best_fz = state.best, state.best_z, state.best_fz
+        if self.divergence is not None and best is not None:
             norm = l2(g.detach())
-            lost = ~(norm <= self.divergence * state.best)  # true for NaN too
+            lost = ~(norm <= self.divergence * best)  # true for NaN too
             z, fz, g = _back_to_best(~norm.isfinite(), state, z, fz, g)  # before they spoil the pairs
         s = store_difference(state.s, age, z, state.z)
         df = store_difference(state.df, age, fz, state.fz)
         # What was stored counts, not what was rounded to it.
         new, change = newest(s, age).to(g.dtype), newest(df, age).to(g.dtype)
         row = dots(in_use(df, age + 1), new)  # s · (y_j + s_j) for older j
-        inverse, length, best, best_z, best_fz = state.inverse, inverse_of(l2(new.detach())), state.best, z, fz
-        if lost is not None:
+        inverse, length = state.inverse, inverse_of(l2(new.detach()))
+        if lost is not None and best is not None:
             inverse = torch.where(lost.unsqueeze(1), 0.0, inverse)  # all but the newest, which tells where not to go
             z, fz, g = _back_to_best(lost, state, z, fz, g)
             norm = l2(g.detach())
@@ -144,5 +146,7 @@ class Broyden:
 
 def _back_to_best(rows: Tensor, state: BroydenState, z: Tensor, fz: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """z, f(z) and g, and in some rows (B,) those of the best iterate."""
+    assert state.best_z is not None
+    assert state.best_fz is not None
     rows, best_g = rows.unsqueeze(1), difference(state.best_fz, state.best_z)
     return torch.where(rows, state.best_z, z), torch.where(rows, state.best_fz, fz), torch.where(rows, best_g, g)

@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equilibria.nn import affine as module
+from equilibria.nn import affine_in_graph
 from equilibria.nn.affine import affine, affine_relu
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # forward mode
-wide = pytest.mark.skipif(not module._has_wide_products(), reason="this machine's products are PyTorch's own")
+wide = pytest.mark.skipif(not module.WIDE, reason="this machine's products are PyTorch's own")
 
 
 @pytest.fixture(autouse=True)
@@ -21,13 +22,14 @@ def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
 def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the products that were made besides PyTorch's own."""
     made: list[tuple[int, ...]] = []
-    usual = module._product
+    usual = module.product
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
         made.append((*x.shape, len(weight)))
         return usual(x, weight, bias, then)
 
-    monkeypatch.setattr(module, "_product", product)
+    monkeypatch.setattr(module, "product", product)
+    monkeypatch.setattr(affine_in_graph, "product", product)
     return made
 
 
@@ -102,6 +104,44 @@ def test_a_batch_of_gradients_at_once() -> None:
     y = affine_relu(x, weight, bias)
     found = torch.autograd.grad(y, x, many, is_grads_batched=True)[0]
     torch.testing.assert_close(found, (many * (y > 0)) @ weight)
+
+
+@wide
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # from here on: of the compiler
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+class TestInGraph:
+    """Traced by torch.compile."""
+
+    @pytest.mark.parametrize(("ours", "bias"), [(affine, "none"), (affine, "row"), (affine, "full"), (affine_relu, "row")])
+    def test_values_and_gradients_are_the_same(self, ours: Any, bias: str, products: list[tuple[int, ...]]) -> None:
+        args = tensors(bias)
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        pairs = []
+        for f in (compiled, ours):
+            products.clear()
+            y = f(*args)
+            pairs.append([y, *torch.autograd.grad(y.square().sum(), args)])
+            assert len(products) == 3
+        torch.testing.assert_close(*pairs)
+
+    def test_transforms_and_exports_take_the_usual_way(self, products: list[tuple[int, ...]]) -> None:
+        x, weight, bias = (t.detach() for t in tensors("row"))
+        for f in (
+            lambda x: torch.vmap(affine, (0, None, None))(x, weight, bias),
+            lambda x: torch.func.jvp(lambda x: affine(x, weight, bias), (x,), (x,))[1],
+        ):
+            torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x))
+        pull = lambda x: torch.func.vjp(lambda x: affine(x, weight, bias), x)[1](x[..., :3])[0]  # noqa: E731
+        assert not products
+        torch.testing.assert_close(torch.compile(pull, fullgraph=True, backend="aot_eager")(x), pull(x))
+        assert products
+
+        class Layer(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return affine(x, weight, bias)
+
+        program = torch.export.export(Layer(), (x,))
+        assert "equilibria" not in str(program.graph)
 
 
 @wide
