@@ -1,10 +1,11 @@
 """How much of a solve is not f?
 
 Overhead = wall time of a solve / (evaluations x wall time of one f), for the block of the DEQ-Transformer and for
-z = tanh(W z + x), d = 1024, forward and without gradients; bookkeeping is their difference, per evaluation. One f is
-timed as a chain z <- f(z), as long as the solve's, so that both move through fresh memory alike; the two take turns. The
-solve's residual is recomputed before anything is timed. As in `equilibria train`, the C library keeps freed memory;
-`--return-memory` measures, without recording it, what page faults cost otherwise.
+z = tanh(W z + x), d = 1024, forward and without gradients; that of a solve compiled as one graph is over a compiled f.
+Bookkeeping is the difference, per evaluation. One f is timed as a chain z <- f(z), as long as the solve's, so that both
+move through fresh memory alike; the two take turns. The solve's residual is recomputed before anything is timed. As in
+`equilibria train`, the C library keeps freed memory; `--return-memory` measures, without recording it, what page faults
+cost otherwise.
 
     python benchmarks/overhead.py [--return-memory]
 """
@@ -21,6 +22,8 @@ from harness import interleaved, median_ratio, save
 
 from equilibria import Anderson, Broyden, Picard, Solution, Stopping, fixed_point
 from equilibria.models.block import Memory, TransformerBlock
+from equilibria.nn.affine import affine
+from equilibria.solvers import Solver
 from equilibria.train.memory import keep_freed_memory
 
 SIZES = (
@@ -30,7 +33,14 @@ SIZES = (
 )
 MAPS = ({"d": 1024, "batch": 32},)
 """z = tanh(W z + x), orthogonal W times 1.2, so that no solver is done early."""
-SOLVERS = {"picard": Picard(), "anderson": Anderson(), "broyden": Broyden()}
+SOLVERS: dict[str, tuple[Solver[Any], bool]] = {
+    "Picard()": (Picard(), False),
+    "Anderson()": (Anderson(), False),
+    "Broyden()": (Broyden(), False),
+    "Anderson(type=2, history=5), one graph": (Anderson(type=2, history=5), True),
+}
+"""Name -> (solver, whether the solve is compiled as one graph and compared with a compiled f)."""
+COMPILED = {"cpp_wrapper": True}
 EVALUATIONS, ROUNDS = 16, 9
 
 
@@ -47,24 +57,29 @@ def of_block(d_model: int, length: int, memory: int, batch: int) -> dict[str, di
 def of_map(d: int, batch: int) -> dict[str, dict[str, float]]:
     torch.manual_seed(0)
     W, x = 1.2 * torch.linalg.qr(torch.randn(d, d))[0], torch.randn(batch, d)
-    return measure(lambda z, W, x: torch.tanh(torch.addmm(x, z, W.t())), torch.zeros_like(x), (W, x))
+    return measure(lambda z, W, x: torch.tanh(affine(z, W, x)), torch.zeros_like(x), (W, x))
 
 
 def measure(f: Callable[..., torch.Tensor], z0: torch.Tensor, args: tuple[Any, ...]) -> dict[str, dict[str, float]]:
     """Solver -> overhead, and what it rests on."""
     stopping = Stopping(rtol=0.0, atol=0.0, max_evals=EVALUATIONS)  # every solve takes the same number of evaluations
-
-    def chain() -> torch.Tensor:
-        z = z0
-        for _ in range(EVALUATIONS):
-            z = f(z, *args)
-        return z
-
+    compiled = torch.compile(lambda z, *args: f(z, *args), dynamic=False, options=COMPILED)
     rows = {}
-    for name, solver in SOLVERS.items():
+    for name, (solver, one_graph) in SOLVERS.items():
 
-        def solve(solver=solver) -> Solution:
+        def chain(f: Callable[..., torch.Tensor] = compiled if one_graph else f) -> torch.Tensor:
+            z = z0
+            for _ in range(EVALUATIONS):
+                z = f(z, *args)
+            return z
+
+        def whole(z0: torch.Tensor, *args: Any, solver: Solver[Any] = solver) -> Solution:
             return fixed_point(f, z0, *args, solver=solver, stopping=stopping)
+
+        made = torch.compile(whole, fullgraph=True, dynamic=False, options=COMPILED) if one_graph else whole
+
+        def solve(made: Callable[..., Solution] = made) -> Solution:
+            return made(z0, *args)
 
         z, stats = solve()
         residual = (f(z, *args) - z).flatten(1).square().mean(1).sqrt()
@@ -84,7 +99,7 @@ def measure(f: Callable[..., torch.Tensor], z0: torch.Tensor, args: tuple[Any, .
 def show(what: dict[str, int], rows: dict[str, dict[str, float]]) -> None:
     for name, row in rows.items():
         print(
-            f"{what}  {name:9} overhead {row['overhead']:.3f}  one f {row['ms_per_f']:.3f} ms  "
+            f"{what}  {name:38} overhead {row['overhead']:.3f}  one f {row['ms_per_f']:.3f} ms  "
             f"bookkeeping {row['ms_added_per_step']:.3f} ms per step"
         )
 

@@ -123,11 +123,10 @@ def overhead() -> str:
             what = f"block, d_model {row['d_model']}, length {row['length']}, memory {row['memory']}, batch {row['batch']}"
         else:
             what = f"tanh, d {row['d']}, batch {row['batch']}"
-        ms = min(s["ms_per_f"] for s in solvers.values())
-        lines.append([what, f"{ms:.2f}", *(f"{s['overhead']:.2f} (+ {_added(s):.2f} ms)" for s in solvers.values())])
-    names = [f"`{name.capitalize()}()`" for name in next(iter(result["rows"]))["solvers"]]
-    return table(["map", "one f (ms)", *names], lines) + f"\n\nMeasured on {where(result)}."
+        lines.append([what, *(_overhead(s) for s in solvers.values())])
+    names = [f"`{name}`" for name in next(iter(result["rows"]))["solvers"]]
+    return table(["map", *names], lines) + f"\n\nMeasured on {where(result)}."
 
 
-def _added(solver: dict[str, float]) -> float:
-    return solver["ms_added_per_step"]
+def _overhead(solver: dict[str, float]) -> str:
+    return f"{solver['overhead']:.2f} ({solver['ms_per_f']:.2f} + {solver['ms_added_per_step']:.2f})"

@@ -12,6 +12,7 @@ from equilibria.solvers.krylov import KrylovSpace
 from equilibria.solvers.small_systems import inverse_of
 from equilibria.solvers.solver import Map, State, check_count, difference
 from equilibria.stopping import l2
+from equilibria.transforms import recorded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class GMRES:
 
     What a restart forgets, above all the slow directions of a system that is nearly singular, the corrections of the last
     `keep` cycles remember: they widen the next space, at no evaluation, for (I - A) applied to a correction is how much the
-    residual fell by it. Memory is restart + 8 states, and 2 · keep more once there was a restart.
+    residual fell by it. Memory is restart + keep + 8 states, and 2 · keep more once there was a restart.
 
     Source: Saad and Schultz 1986, "GMRES: a generalized minimal residual algorithm for solving nonsymmetric linear
     systems"; corrections kept as in Hicken and Zingg 2010, "A simplified and flexible variant of GCROT for solving
@@ -72,9 +73,10 @@ class GMRES:
         fz = f(z0)
         g = difference(fz, z0)
         nothing = g.new_zeros(len(g), 0, g.shape[1])
+        room = g.new_empty(len(g), self.restart + self.keep + 1, g.shape[1])  # for all cycles
         return GMRESState(
             z=z0, fz=fz, g=g, start=z0, f_start=fz, reach=(l2(z0) + l2(fz)).unsqueeze(1), origin=z0,
-            moved=torch.zeros_like(g), kept=nothing, products=nothing, space=KrylovSpace.of(g, self.restart),
+            moved=torch.zeros_like(g), kept=nothing, products=nothing, space=KrylovSpace.of(g, self.restart, room),
         )  # fmt: skip
 
     def step(self, f: Map, state: GMRESState) -> GMRESState:
@@ -110,7 +112,8 @@ class GMRES:
             products = torch.cat(((scale * fall).unsqueeze(1), products), dim=1)[:, : self.keep]
         fz = f(state.z)
         g = difference(fz, state.z)
-        space = KrylovSpace.of(g, kept.shape[1] + self.restart)
+        room = None if recorded(g, state.space.basis) else state.space.basis
+        space = KrylovSpace.of(g, kept.shape[1] + self.restart, room)
         for product in products.unbind(1):
             space = space.extend(product)
         return replace(

@@ -29,7 +29,7 @@ class KrylovSpace:
     beta: Tensor
     """(B, 1) ‖r‖₂."""
     basis: Tensor
-    """(B, m + 1, D) V: one row more than directions; rows not in use have no value."""
+    """(B, m + 1 or more, D) V: one row more than directions; rows not in use have no value."""
     rotation: Tensor
     """(B, m + 1, m + 1) Q."""
     inverse: Tensor
@@ -40,14 +40,14 @@ class KrylovSpace:
     """Directions in use."""
 
     @staticmethod
-    def of(r: Tensor, most: int) -> KrylovSpace:
-        """The space of r (B, D) without a direction, and with room for `most`.
+    def of(r: Tensor, most: int, room: Tensor | None = None) -> KrylovSpace:
+        """The space of r (B, D) without a direction, and with room for `most`: in `room` (B, most + 1 or more, D), or new.
 
-        The room is not touched before it is needed: a system has no memory resident for what it does not use.
+        New room is not touched before it is needed: a system has no memory resident for what it does not use.
         """
         batch, width = r.shape
         beta = l2(r).unsqueeze(1)
-        basis = r.new_empty(batch, most + 1, width)
+        basis = r.new_empty(batch, most + 1, width) if room is None else room
         basis[:, 0] = r * inverse_of(beta)
         rotation = r.new_zeros(batch, most + 1, most + 1)
         rotation[:, 0, 0] = 1.0
