@@ -40,7 +40,7 @@ SOLVERS: dict[str, tuple[Solver[Any], bool]] = {
     "Anderson(type=2, history=5), one graph": (Anderson(type=2, history=5), True),
 }
 """Name -> (solver, whether the solve is compiled as one graph and compared with a compiled f)."""
-COMPILED = {"cpp_wrapper": True}
+COMPILED: dict[str, str | int | bool | Callable[..., Any]] = {"cpp_wrapper": True}
 EVALUATIONS, ROUNDS = 16, 9
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C while the command `equilibria` is still loading PyTorch, which takes a second or two.
+"""Ctrl-C while the command `equilibria` is still loading PyTorch and its own files, which takes a second or two.
 
 There is nothing to save yet, so it ends at once with one line and exit code 130 instead of a traceback out of some import.
 The package imports this file before all others; where the package is used as a library it does nothing.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from equilibria.cli.errors import describe
 from equilibria.starting import started
@@ -47,7 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        started()
         return _dispatch(argv)
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -62,43 +61,39 @@ def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0
-    command, rest = argv[0], argv[1:]
-    if command in ("-V", "--version"):
+    name, rest = argv[0], argv[1:]
+    if name in ("-V", "--version"):
         from equilibria import __version__
 
         print(f"equilibria {__version__}")
         return 0
-    if command == "train":
-        from equilibria.cli.train import train_command
+    if (command := _command(name)) is None:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose {', '.join(COMMANDS)}"
+        return _fail(f"there is no command {name}; {hint} (see equilibria --help)", 2)
+    started()  # not before: an import somewhere below may swallow the exception that ctrl-C would raise in it
+    return command(rest)
 
-        return train_command(rest)
-    if command == "eval":
-        from equilibria.cli.evaluate import eval_command
 
-        return eval_command(rest)
-    if command == "generate":
-        from equilibria.cli.generate import generate_command
-
-        return generate_command(rest)
-    if command == "report":
-        from equilibria.cli.report import report_command
-
-        return report_command(rest)
-    if command == "convert":
-        from equilibria.cli.convert import convert_command
-
-        return convert_command(rest)
-    if command == "export":
-        from equilibria.cli.export import export_command
-
-        return export_command(rest)
-    if command == "data":
-        from equilibria.cli.data import data_command
-
-        return data_command(rest)
-    close = difflib.get_close_matches(command, COMMANDS, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"choose {', '.join(COMMANDS)}"
-    return _fail(f"there is no command {command}; {hint} (see equilibria --help)", 2)
+def _command(name: str) -> Callable[[Sequence[str]], int] | None:
+    """The subcommand, whose file is imported here."""
+    if name == "train":
+        from equilibria.cli.train import train_command as command
+    elif name == "eval":
+        from equilibria.cli.evaluate import eval_command as command
+    elif name == "generate":
+        from equilibria.cli.generate import generate_command as command
+    elif name == "report":
+        from equilibria.cli.report import report_command as command
+    elif name == "convert":
+        from equilibria.cli.convert import convert_command as command
+    elif name == "export":
+        from equilibria.cli.export import export_command as command
+    elif name == "data":
+        from equilibria.cli.data import data_command as command
+    else:
+        return None
+    return command
 
 
 def _fail(message: str, code: int) -> int:
