@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
 from torch._functorch import config
+from torch._inductor import config as inductor
 from torch.utils._pytree import tree_leaves
 
 from equilibria import (
@@ -36,6 +37,7 @@ from equilibria import (
     Unrolled,
     fixed_point,
 )
+from equilibria.graph.hoist import Hoist
 from equilibria.solvers import Solver
 
 # What the compiler itself warns of, also for functions that know nothing of this library.
@@ -99,6 +101,13 @@ class Cell(nn.Module):
 
 ADJOINT = Implicit(solver=Anderson(), stopping=STOPPING)
 """With a backward solve that a graph can hold."""
+
+
+def products(run: Callable[[], Any]) -> tuple[Any, int]:
+    """What it returns, and how many matrix products it took."""
+    with torch.profiler.profile() as seen:
+        found = run()
+    return found, sum(event.count for event in seen.key_averages() if event.key in ("aten::mm", "aten::addmm"))
 
 
 def graphs() -> int:
@@ -522,9 +531,11 @@ class TestWholeGradient:
         z0, W, x = problem()
         options: Any = config
         seen: list[bool] = []
+        hoisted: list[bool] = []
 
         def backend(graph: Any, inputs: Any) -> Any:
             seen.append(options.donated_buffer)
+            hoisted.append(isinstance(inductor.joint_custom_post_pass, Hoist))
             return graph
 
         def loss(W: Tensor) -> Tensor:
@@ -532,13 +543,68 @@ class TestWholeGradient:
             return fixed_point(tanh_map, first, W, x, adjoint=ADJOINT).z.sum()
 
         torch.compile(loss, fullgraph=True, backend=backend)(W)
-        assert seen == [False]
+        assert (seen, hoisted) == ([False], [True])
         assert options.donated_buffer
+        assert inductor.joint_custom_post_pass is None
         with options.patch(donated_buffer=False):
             torch.compile(lambda W: loss(W), fullgraph=True, backend=backend)(W)
             assert not options.donated_buffer
         torch.compile(lambda W: W.sin(), backend=backend)(W)
         assert seen == [False, False, True]
+        assert hoisted == [True, True, False]
+
+    def test_leaves_a_pass_of_the_user_in_its_place(self) -> None:
+        z0, W, x = problem()
+        seen: list[Any] = []
+
+        def mine(graph: Any) -> None:
+            seen.append(graph)
+
+        with inductor.patch(joint_custom_post_pass=mine):
+            torch.compile(
+                lambda W: fixed_point(tanh_map, z0, W, x, adjoint=ADJOINT).z.sum(), fullgraph=True,
+                backend=lambda graph, inputs: seen.append(inductor.joint_custom_post_pass) or graph,
+            )(W)  # fmt: skip
+        assert seen == [mine]
+
+    @needs_compiler
+    @pytest.mark.parametrize("gradient", [False, True])
+    def test_repeats_in_a_loop_only_what_depends_on_its_state(self, gradient: bool) -> None:
+        z0, W, x = problem(8)
+        W, U = W.detach().requires_grad_(gradient), x.new_ones(x.shape[1], x.shape[1]) / 10
+        solver, stopping = Picard(), Stopping(rtol=1e-5)
+
+        def solve(W: Tensor) -> Solution:
+            return fixed_point(
+                lambda z, W, x: torch.tanh(torch.mm(z, W.t()) + torch.mm(x, U.t())), z0, W, x, solver=solver,
+                stopping=stopping, adjoint=Implicit(solver=solver, stopping=stopping),
+            )  # fmt: skip
+
+        compiled, (want, stats) = torch.compile(lambda W: solve(W).z, fullgraph=True), solve(W)
+        compiled(W)
+        got, forward = products(lambda: compiled(W))
+        torch.testing.assert_close(got, want)
+        assert forward == 1 + stats.evaluations + gradient  # x Uᵀ, the solve, and f(z*) once more to be differentiated
+        if gradient:
+            (want,) = torch.autograd.grad(want.sum(), W)
+            torch.autograd.grad(got.sum(), W)
+            loss = compiled(W).sum()
+            (got,), backward = products(lambda: torch.autograd.grad(loss, W))
+            torch.testing.assert_close(got, want)
+            assert backward == int(stats.backward[0].steps.max()) + 1  # u J of every step, and the gradient of W
+
+    @pytest.mark.parametrize("transposed", [lambda W: W.T, lambda W: W.mT])
+    def test_of_a_map_that_asks_for_an_attribute_of_its_weights(self, transposed: Callable[[Tensor], Tensor]) -> None:
+        z0, W, x = problem()
+
+        def loss(W: Tensor) -> Tensor:
+            f = lambda z, W, x: torch.tanh(z @ transposed(W) + x)  # noqa: E731
+            return fixed_point(f, z0, W, x, stopping=STOPPING, adjoint=ADJOINT).z.sum()
+
+        (got,), (want,) = (
+            torch.autograd.grad(f(W), W) for f in (torch.compile(loss, fullgraph=True, backend="aot_eager"), loss)
+        )
+        torch.testing.assert_close(got, want)
 
     def test_has_no_second_derivative_and_says_so(self) -> None:
         z0, W, x = problem()

@@ -14,6 +14,7 @@ from torch import Tensor
 from equilibria.adjoints import Adjoint, Implicit
 from equilibria.graph.gradient import Rule, differentiated
 from equilibria.graph.search import search
+from equilibria.graph.settings import set_for_this_graph
 from equilibria.graph.traced import Traced
 from equilibria.iterate import Solved
 from equilibria.solution import Solution, Stats
@@ -37,6 +38,7 @@ def solve_in_graph(
     """
     if not _can_trace(solver, stopping):
         return _outside_for_its_steps(eager)
+    set_for_this_graph()
     layout = layout_of(z0)
     traced, start = Traced(f, layout, args), layout.pack(z0).detach()
     known = traced.as_given(start)

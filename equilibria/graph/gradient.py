@@ -6,9 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._dynamo import assume_constant_result
-from torch._dynamo.callback import callback_handler
-from torch._functorch import config
 
 from equilibria.graph.search import search
 from equilibria.graph.traced import Traced
@@ -29,7 +26,6 @@ class Rule(NamedTuple):
 
 def differentiated(rule: Rule, z0: Tensor, known: Tensor) -> tuple[Solved, Tensor]:
     """The fixed point, searched from z0 where f(z0) is `known`, with gradients in the tensors of f; evaluations spent."""
-    _keep_buffers()
     *solved, evaluations = _FixedPoint.apply(rule, z0, known, *rule.f.tensors)  # type: ignore[misc]
     return Solved(*solved), evaluations
 
@@ -52,7 +48,7 @@ class _FixedPoint(torch.autograd.Function):
         g = g.clone()  # the compiler takes z* and the gradient that reaches it for one tensor
 
         def pull(u: Tensor) -> Tensor:
-            """g + u J. f is evaluated anew for each product: a loop cannot keep a record that was made outside of it."""
+            """g + u J. A loop cannot keep a record made outside of it: that f is evaluated once is the work of `Hoist`."""
             return g + torch.func.vjp(lambda z: rule.f(z, *tensors), z)[1](u)[0]
 
         solved = search(rule.backward_solver, pull, torch.zeros_like(g), g, rule.backward_stopping)[0]
@@ -69,28 +65,3 @@ class _FixedPoint(torch.autograd.Function):
         for place, gradient in zip(places, found, strict=True):
             gradients[place] = gradient
         return (None, None, None, *gradients)
-
-
-@assume_constant_result  # so it runs while the graph is traced, not in the graph
-def _keep_buffers() -> bool:
-    """Have no buffer of this graph's forward pass donated to its backward pass.
-
-    PyTorch 2.13 takes the numbers of donated inputs of a backward graph for those of inputs of the loops inside it as well.
-    A loop then overwrites what others still read, and the gradients are wrong.
-    """
-    if _options.donated_buffer:
-        _options.donated_buffer = False
-        if _donate_again not in callback_handler.end_callbacks:
-            callback_handler.register_end_callback(_donate_again)
-        _kept.append(True)
-    return True
-
-
-_options: Any = config
-_kept: list[bool] = []
-
-
-def _donate_again(_: Any) -> None:
-    if _kept:
-        _kept.clear()
-        _options.donated_buffer = True

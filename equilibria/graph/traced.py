@@ -27,7 +27,11 @@ class Traced:
         self.tensors: tuple[Tensor, ...] = (*(self.leaves[i] for i in self.places), *owned)
 
     def __call__(self, z: Tensor, *tensors: Tensor) -> Tensor:
-        """f with these tensors in the place of `self.tensors`."""
+        """f with these tensors in the place of `self.tensors`; inside a loop, too, it may ask for the .T of one.
+
+        Each is viewed, for the compiler takes an attribute of what comes from outside of a loop out of it, and out of vjp.
+        """
+        tensors = tuple(tensor.view_as(tensor) for tensor in tensors)
         leaves = list(self.leaves)
         for place, tensor in zip(self.places, tensors, strict=False):
             leaves[place] = tensor

@@ -44,7 +44,7 @@ class _Multiplied(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, str], output: Tensor) -> None:
         x, weight, bias, then = inputs
         ctx.save_for_backward(x, weight, *([output] if then == "relu" else []))
-        ctx.shared_bias = bias is not None and bias.dim() == 1
+        ctx.bias_dims = 0 if bias is None else bias.dim()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -52,5 +52,5 @@ class _Multiplied(torch.autograd.Function):
         x, weight, *relu = ctx.saved_tensors
         if relu:
             g = torch.ops.aten.threshold_backward(g, relu[0], 0)
-        g_bias = None if not ctx.needs_input_grad[2] else g.sum(0) if ctx.shared_bias else g
+        g_bias = (None, g.sum(0), g)[ctx.bias_dims]  # while a graph is traced, needs_input_grad does not tell the truth
         return product_in_graph(g, weight.t(), None, "none"), product_in_graph(g.t(), x.t(), None, "none"), g_bias, None

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -19,14 +19,40 @@ from equilibria.train.run_folder import RunFolder, read_metrics
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
 
 
-def start(run: Path, text_dir: Path, small: list[str], *more: str) -> subprocess.Popen[str]:
+Command = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def command() -> Iterator[Command]:
+    """Starts `equilibria` with these arguments, to which ctrl-C means something; what is left of it is ended.
+
+    What a shell starts in the background is deaf to SIGINT, and so is all that it starts, the tests as well.
+    """
+    started = []
+
+    def start(*argv: str) -> subprocess.Popen[str]:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-W", "error", "-m", "equilibria", *argv],
+                stderr=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def endless(run: Path, text_dir: Path, small: list[str]) -> list[str]:
     argv = ["train", "text", "--data-dir", str(text_dir), "--run-dir", str(run), *small, "--steps", "100000"]
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "equilibria", *argv, "--eval-every", "50000", *more],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    return [*argv, "--eval-every", "50000"]
 
 
 def wait_for(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
@@ -39,9 +65,11 @@ def wait_for(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on(number: signal.Signals, text_dir: Path, small: list[str], tmp_path: Path):
+def test_a_signal_saves_and_says_how_to_go_on(
+    number: signal.Signals, command: Command, text_dir: Path, small: list[str], tmp_path: Path
+):
     run = tmp_path / "a run"
-    process = start(run, text_dir, small)
+    process = command(*endless(run, text_dir, small))
     wait_for(process, lambda: len(read_metrics(run / "metrics.jsonl")) >= 3)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -60,13 +88,8 @@ def test_a_signal_saves_and_says_how_to_go_on(number: signal.Signals, text_dir: 
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="cannot see what another process has loaded")
-def test_ctrl_c_while_pytorch_is_loading(tmp_path: Path):
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "equilibria", "train", "quickstart", "--run-dir", str(tmp_path / "run")],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def test_ctrl_c_while_pytorch_is_loading(command: Command, tmp_path: Path):
+    process = command("train", "quickstart", "--run-dir", str(tmp_path / "run"))
     wait_for(process, lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -74,9 +97,9 @@ def test_ctrl_c_while_pytorch_is_loading(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
-def test_second_ctrl_c_aborts(text_dir: Path, small: list[str], tmp_path: Path):
+def test_second_ctrl_c_aborts(command: Command, text_dir: Path, small: list[str], tmp_path: Path):
     run = tmp_path / "run"
-    process = start(run, text_dir, small, "--accumulate", "1000000", "--trackers", "none")  # the first step has no end
+    process = command(*endless(run, text_dir, small), "--accumulate", "1000000", "--trackers", "none")  # a step has no end
     wait_for(process, (run / "metrics.jsonl").is_file)
     spent = psutil.Process(process.pid).cpu_times
     opened = spent().user

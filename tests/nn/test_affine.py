@@ -124,6 +124,16 @@ class TestInGraph:
             assert len(products) == 3
         torch.testing.assert_close(*pairs)
 
+    @pytest.mark.parametrize("bias", ["none", "row", "full"])
+    def test_a_vjp_inside_the_graph_has_the_gradient_of_every_input(self, bias: str) -> None:
+        args = [t.detach() for t in tensors(bias)]
+
+        def pulled(*args: Tensor) -> tuple[Tensor, ...]:
+            y, pull, *_ = torch.func.vjp(affine, *args)
+            return pull(y)
+
+        torch.testing.assert_close(torch.compile(pulled, fullgraph=True, backend="aot_eager")(*args), pulled(*args))
+
     def test_transforms_and_exports_take_the_usual_way(self, products: list[tuple[int, ...]]) -> None:
         x, weight, bias = (t.detach() for t in tensors("row"))
         for f in (
