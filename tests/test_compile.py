@@ -37,7 +37,7 @@ from equilibria import (
     Unrolled,
     fixed_point,
 )
-from equilibria.graph.hoist import Hoist
+from equilibria.graph.settings import LeanLoops
 from equilibria.solvers import Solver
 
 # What the compiler itself warns of, also for functions that know nothing of this library.
@@ -535,7 +535,7 @@ class TestWholeGradient:
 
         def backend(graph: Any, inputs: Any) -> Any:
             seen.append(options.donated_buffer)
-            hoisted.append(isinstance(inductor.joint_custom_post_pass, Hoist))
+            hoisted.append(isinstance(inductor.joint_custom_post_pass, LeanLoops))
             return graph
 
         def loss(W: Tensor) -> Tensor:

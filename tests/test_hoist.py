@@ -7,53 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from loops import bodies, changed, looped, operators, traced
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from equilibria.graph.hoist import Hoist
+from equilibria.graph.hoist import hoist
 
 aten = torch.ops.aten
-STEPS = 3
-
-
-def looped(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """z, *constants -> step(step(step(z, *constants), ...))."""
-
-    def run(z: Tensor, *constants: Tensor) -> Tensor:
-        def unfinished(k: Tensor, z: Tensor, *constants: Tensor) -> Tensor:
-            return k < STEPS
-
-        def advance(k: Tensor, z: Tensor, *constants: Tensor) -> tuple[Tensor, Tensor]:
-            return k + 1, step(z, *constants)
-
-        return torch.ops.higher_order.while_loop(unfinished, advance, (torch.zeros((), dtype=torch.int64), z), constants)[1]
-
-    return run
-
-
-def traced(f: Callable[..., Any], *inputs: Tensor) -> GraphModule:
-    return make_fx(f, tracing_mode="fake")(*inputs)
-
-
-def bodies(graph: GraphModule) -> list[list[Any]]:
-    """The operators in the body of every loop."""
-    loops = graph.graph.find_nodes(op="call_function", target=torch.ops.higher_order.while_loop)
-    return [operators(getattr(graph, loop.args[1].target)) for loop in loops]
-
-
-def operators(graph: GraphModule) -> list[Any]:
-    return [node.target for node in graph.graph.nodes if node.op == "call_function"]
 
 
 def hoisted(f: Callable[..., Any], *inputs: Tensor) -> GraphModule:
-    """f as a graph that went through the pass, checked to be the same function."""
-    graph = traced(f, *inputs)
-    Hoist()(graph.graph)
-    graph.graph.lint()
-    graph.recompile()
-    torch.testing.assert_close(graph(*inputs), f(*inputs))
-    return graph
+    return changed(hoist, f, *inputs)
 
 
 @pytest.fixture
@@ -111,7 +75,7 @@ def test_random_and_unknown_operators_stay(target: Any, z: Tensor, W: Tensor) ->
     draws = target is aten.bernoulli.p
     step = looped(lambda z, W: z + (torch.bernoulli(W, 0.5) if draws else unknown(W)) * W.sin())
     graph = traced(step, z, W)
-    Hoist()(graph.graph)
+    hoist(graph.graph)
     assert target in bodies(graph)[0]
     assert aten.sin.default not in bodies(graph)[0]
 
@@ -139,16 +103,16 @@ def test_a_body_of_two_loops_is_left_alone(z: Tensor, W: Tensor) -> None:
     assert isinstance(loop, Node)
     with graph.graph.inserting_after(loop):
         graph.graph.node_copy(loop)
-    Hoist()(graph.graph)
+    hoist(graph.graph)
     assert aten.sin.default in bodies(graph)[0]
 
 
 def test_nothing_to_do(z: Tensor, W: Tensor) -> None:
     graph = traced(looped(lambda z, W: torch.tanh(z @ W)), z, W)
     before = str(graph.graph)
-    Hoist()(graph.graph)
+    hoist(graph.graph)
     assert str(graph.graph) == before
     plain = traced(torch.sin, z)
     before = str(plain.graph)
-    Hoist()(plain.graph)
+    hoist(plain.graph)
     assert str(plain.graph) == before

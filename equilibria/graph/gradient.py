@@ -48,7 +48,7 @@ class _FixedPoint(torch.autograd.Function):
         g = g.clone()  # the compiler takes z* and the gradient that reaches it for one tensor
 
         def pull(u: Tensor) -> Tensor:
-            """g + u J. A loop cannot keep a record made outside of it: that f is evaluated once is the work of `Hoist`."""
+            """g + u J. A loop cannot keep a record made outside of it: that f is evaluated once is the work of `hoist`."""
             return g + torch.func.vjp(lambda z: rule.f(z, *tensors), z)[1](u)[0]
 
         solved = search(rule.backward_solver, pull, torch.zeros_like(g), g, rule.backward_stopping)[0]

@@ -1,7 +1,7 @@
 """Loop-invariant work out of the loops of a graph: what does not change from step to step is computed once, before it.
 
-Of f that is all that does not depend on z. Of a backward solve it is f itself: as it is traced, a product u J evaluates f at
-z* each time, for a loop cannot keep a record that was made outside of it. Taken out, that evaluation becomes the record.
+Of f that is all that does not depend on z. Of a backward solve it is f itself: as it is traced, a product u J evaluates f
+at z* each time, for a loop cannot keep a record that was made outside of it. Taken out, that evaluation is the record.
 
 Source: Aho, Lam, Sethi, Ullman 2006, "Compilers", section 9.5, on code motion.
 """
@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Hashable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
+
+from equilibria.graph.while_loop import WhileLoop, loops_of
 
 _OWN = ("aten", "prims", "equilibria")
 """Whose operators are known: of others it is not certain that the same inputs give the same result."""
@@ -23,49 +24,34 @@ _CHEAP = frozenset({"_to_copy", "arange", "convert_element_type", "empty", "full
 """What a step makes faster than it reads it, if it is made of less than it is: constants, copies of a higher precision."""
 
 
-class Hoist(CustomGraphPass):
-    """A pass over a graph of PyTorch's compiler that does it for every loop."""
-
-    def __call__(self, graph: Graph) -> None:
-        loops = graph.find_nodes(op="call_function", target=torch.ops.higher_order.while_loop)
-        moved = [node for loop in loops for node in _hoisted(graph, loop)]
-        if moved:
-            _share(graph, {node.target for node in moved})
-
-    def uuid(self) -> Any:
-        return get_hash_for_files((__file__,))
+def hoist(graph: Graph) -> None:
+    """Do it for every loop of the graph."""
+    moved = [node for loop in loops_of(graph) for node in _hoisted(graph, loop)]
+    if moved:
+        _share(graph, {node.target for node in moved})
 
 
-def _hoisted(graph: Graph, loop: Node) -> list[Node]:
+def _hoisted(graph: Graph, loop: WhileLoop) -> list[Node]:
     """Move the invariant work of one loop in front of it; the nodes that were made there."""
-    cond_name, body_name, carried, constants = cast("tuple[Node, Node, tuple[Any, ...], tuple[Any, ...]]", loop.args)
-    owner = graph.owning_module
-    if owner is None or len(cond_name.users) > 1 or len(body_name.users) > 1:  # shared with another loop
-        return []
-    cond, body = (cast(GraphModule, getattr(owner, cast(str, name.target))) for name in (cond_name, body_name))
-    given = body.graph.find_nodes(op="placeholder")
-    invariant = set(given[len(carried) :])
-    for node in body.graph.nodes:
+    body, given = loop.body.graph, loop.body.graph.find_nodes(op="placeholder")
+    invariant = set(given[len(loop.carried) :])
+    for node in body.nodes:
         if _pure(node) and all(source in invariant for source in node.all_input_nodes):
             invariant.add(node)
-    taken = _frontier(body.graph, invariant)
+    taken = _frontier(body, invariant)
     if not taken:
         return []
-    outside: dict[Node, Any] = dict(zip(given, (*carried, *constants), strict=True))
+    outside: dict[Node, Any] = dict(zip(given, (*loop.carried, *loop.constants), strict=True))
     made = []
-    with graph.inserting_before(loop):
-        for node in _needed(body.graph, taken):
+    with graph.inserting_before(loop.node):
+        for node in _needed(body, taken):
             outside[node] = graph.node_copy(node, lambda source: outside[source])
             outside[node].meta = {"val": node.meta["val"]}  # not the mark of a backward pass, which could not be shared
             made.append(outside[node])
-    for part in (cond, body):
-        values = _new_inputs(part.graph, taken)
-        if part is body:
-            for node, value in zip(taken, values, strict=True):
-                node.replace_all_uses_with(value)
-        part.graph.eliminate_dead_code()
-        part.recompile()
-    loop.args = (cond_name, body_name, carried, (*constants, *(outside[node] for node in taken)))
+    _new_inputs(loop.cond.graph, taken)
+    for node, value in zip(taken, _new_inputs(body, taken), strict=True):
+        node.replace_all_uses_with(value)
+    loop.replace(carried=loop.carried, constants=(*loop.constants, *(outside[node] for node in taken)))
     return made
 
 

@@ -9,14 +9,27 @@ from torch._dynamo import assume_constant_result
 from torch._dynamo.callback import callback_handler
 from torch._functorch import config
 from torch._inductor import config as inductor
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.compiler import is_exporting
+from torch.fx import Graph
 
-from equilibria.graph.hoist import Hoist
+from equilibria.graph import hoist, unread, while_loop
+
+
+class LeanLoops(CustomGraphPass):
+    """A pass over a graph of PyTorch's compiler, after which its loops do no more than they must."""
+
+    def __call__(self, graph: Graph) -> None:
+        unread.drop_unread(graph)
+        hoist.hoist(graph)
+
+    def uuid(self) -> Any:
+        return get_hash_for_files(tuple(part.__file__ for part in (hoist, unread, while_loop)))
 
 
 @assume_constant_result  # so it runs while the graph is traced, not in the graph
 def set_for_this_graph() -> bool:
-    """Until the compiler has ended: no donated buffers, and what the loops need not repeat is computed before them.
+    """Until the compiler has ended: no donated buffers, and loops that do no more than they must.
 
     PyTorch 2.13 takes the numbers of donated inputs of a backward graph for those of inputs of the loops inside it as well.
     A loop then overwrites what others still read, and the gradients are wrong.
@@ -29,13 +42,13 @@ def set_for_this_graph() -> bool:
     if _of_autograd.donated_buffer:
         _until_the_end(_of_autograd, "donated_buffer", False)
     if _of_inductor.joint_custom_post_pass is None:
-        _until_the_end(_of_inductor, "joint_custom_post_pass", _hoist)
+        _until_the_end(_of_inductor, "joint_custom_post_pass", _lean)
     return True
 
 
 _of_autograd: Any = config
 _of_inductor: Any = inductor
-_hoist = Hoist()
+_lean = LeanLoops()
 _undo: list[Callable[[], None]] = []
 
 
