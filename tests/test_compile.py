@@ -290,6 +290,17 @@ class TestWholeSolve:
 
         solved_alike(torch.compile(solve, fullgraph=True)(x), solve(x))
 
+    @needs_compiler
+    def test_one_sample_runs_as_machine_code(self) -> None:
+        """A batch of 1 has strides that mean nothing, of which a loop demands that they stay the same."""
+        z0, W, x = problem(1)
+
+        def solve() -> list[Tensor]:
+            solvers = (Anderson(type=2, history=3), Broyden(history=3))
+            return [fixed_point(tanh_map, z0, W.detach(), x, solver=solver, stopping=STOPPING).z for solver in solvers]
+
+        torch.testing.assert_close(torch.compile(solve, fullgraph=True)(), solve())
+
     def test_anderson_passes_where_its_type_two_stalls(self) -> None:
         """Which samples have stalled is not known while the graph is traced."""
         W, x = 2.0 * orthogonal(32, seed=6), normal(106, 8, 32)

@@ -78,7 +78,8 @@ def _apart(values: Sequence[Tensor], taken: Sequence[Tensor]) -> list[Tensor]:
     taken = list(taken)
     result = []
     for value in values:
-        fresh = value.clone() if any(value is other for other in taken) else value
+        one_row = value.dim() == 2 and len(value) == 1  # of a wider one, perhaps, and contiguous() lets it pass as it is
+        fresh = _copy(value) if one_row or any(value is other for other in taken) else value
         taken.append(value)
         result.append(
             fresh.contiguous().reshape(-1).view(value.shape)
